@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: demo test full lint bench clean
+
+demo: $(VENV)/installed
+	bash ci/demo.sh $(BIN)
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not full"
+
+full: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/installed-test
+	bash ci/lint.sh $(BIN)
+
+bench: $(VENV)/installed-test
+	$(BIN)/python benchmarks/against_transformers.py
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[tokenizer]'
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info

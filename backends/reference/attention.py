@@ -1,0 +1,212 @@
+"""Sparse attention and the indexer, as masked dense products over blocks of tokens.
+
+The plan cuts a ragged batch into tiles: blocks of consecutive tokens of one sequence (one token in decode, 64 in
+prefill). A tile reads the window rows of all its tokens once, and either the entries its tokens picked or all entries
+that are visible to it; masks say which token sees which row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsv4_hal import formats, ops
+from dsv4_hal.backends.reference.cache import load_rows, physical_rows
+from dsv4_hal.backends.reference.gemm import emit
+from dsv4_hal.batch import Batch, Tile, upload
+from dsv4_hal.ops import KV
+
+SCRATCH = 1 << 24  # elements that one product may take; longer work is cut into parts
+DENSE = 4  # reading all entries of a tile is cheaper than gathering k per token while there are at most 4 k of them
+
+
+@dataclass
+class Part:
+    """Some blocks of a tile: n blocks of c consecutive tokens of one sequence each."""
+
+    seq: Tensor  # [n]
+    first: Tensor  # [n] position of the first token
+    last: Tensor  # [n] position of the last token
+    tokens: Tensor  # [n, c] flat token; any where there is none
+    positions: Tensor  # [n, c], -1 where there is no token
+    place: Tensor | None  # which of the n * c places hold a token; None: all
+    flat: Tensor  # the flat tokens at these places
+    longest: int  # largest position
+    windows: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)  # the same in every layer
+
+    def take(self, flat: Tensor) -> Tensor:
+        """Rows [n, c, ...] of a flat [T, ...]; any row where there is no token."""
+        return flat[self.tokens]
+
+    def put(self, out: Tensor, values: Tensor) -> None:
+        """Write values [n, c, ...] to the flat rows they belong to."""
+        values = values.flatten(0, 1)
+        out[self.flat] = values if self.place is None else values[self.place]
+
+
+def make_part(tile: Tile, blocks: slice, device: torch.device) -> Part:
+    tokens, first, last = tile.tokens[blocks], tile.first[blocks], tile.last[blocks]
+    present = tokens >= 0
+    positions = np.where(present, first[:, None] + np.arange(tile.size), -1)
+    place = None if present.all() else upload(np.flatnonzero(present), device)
+    return Part(
+        upload(tile.seq[blocks], device),
+        upload(first, device),
+        upload(last, device),
+        upload(np.maximum(tokens, 0), device),
+        upload(positions, device),
+        place,
+        upload(tokens[present], device),
+        int(last.max()),
+    )
+
+
+def parts(batch: Batch, width: Callable[[Tile], int], single: bool = False) -> Iterable[Part]:
+    """The step's tiles in parts whose products fit the scratch: width(tile) elements per token.
+
+    single: every token is a block of its own, so that rows can be gathered per token.
+    """
+    plan = batch.require_plan()
+    for tile in (single_tokens(batch),) if single else plan.tiles:
+        step = max(1, SCRATCH // (tile.size * max(1, width(tile))))
+        for start in range(0, len(tile.seq), step):
+            key = f"part {single} {tile.size} {start} {step}"
+            if key not in plan.vendor:
+                plan.vendor[key] = make_part(tile, slice(start, start + step), batch.device)
+            yield plan.vendor[key]
+
+
+def single_tokens(batch: Batch) -> Tile:
+    real = np.flatnonzero(batch.seq_host >= 0)
+    position = batch.positions_host[real]
+    return Tile(1, batch.seq_host[real], position, real[:, None], position)
+
+
+class Attention(ops.Attention):
+    def index_topk(self, q: Tensor, weights: Tensor, keys: KV, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
+        ratio, heads = keys.layout.ratio, q.shape[1]
+        picks = torch.full((len(q), k), -1, dtype=torch.int64, device=q.device)
+        scores = torch.full((len(q), k), float("-inf"), dtype=self.numerics.accumulate, device=q.device)
+        q = formats.round_rows(q.flatten(0, 1), keys.layout).view(q.shape)
+        for part in parts(batch, lambda tile: heads * visible(tile, ratio)):
+            count = (part.longest + 1) // ratio
+            if count == 0:
+                continue
+            index, seen = visible_entries(part, ratio, count)
+            rows = load_rows(keys, physical_rows(keys, batch, part.seq, index))
+            score = self._index_scores(part.take(q), part.take(weights), rows).masked_fill(~seen, float("-inf"))
+            best, pick = score.sort(dim=-1, descending=True, stable=True)
+            best, pick = best[..., :k], pick[..., :k]
+            part.put(picks[:, : pick.shape[-1]], pick.masked_fill(best == float("-inf"), -1))
+            part.put(scores[:, : pick.shape[-1]], best)
+        return picks, scores
+
+    def _index_scores(self, q: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+        """q [n, c, H, D], weights [n, c, H], keys [n, K, D] -> [n, c, K]."""
+        wide, narrow, (n, c, heads, dim) = self.numerics.accumulate, self.numerics.score, q.shape
+        product = torch.bmm(q.to(wide).view(n, c * heads, dim), rows.to(wide).transpose(1, 2)).to(narrow).relu()
+        weighted = product.view(n, c, heads, -1) * weights.to(narrow)[..., None]
+        return weighted.to(wide).sum(2).to(narrow).to(wide)
+
+    def sparse_attention(
+        self,
+        q: Tensor,
+        window_kv: KV,
+        sink: Tensor,
+        scale: float,
+        batch: Batch,
+        entries: KV | None = None,
+        picks: Tensor | None = None,
+        *,
+        return_lse: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        wide = self.numerics.accumulate
+        y = torch.zeros_like(q)
+        lse = torch.full(q.shape[:2], float("-inf"), dtype=wide, device=q.device)
+        gather, width = reading(q.shape[1], window_kv, entries, picks, batch)
+        for part in parts(batch, width, single=gather):
+            index, seen = window_rows(part, window_kv, batch)
+            rows = load_rows(window_kv, index)
+            if entries is not None:
+                index, more = entry_rows(part, entries, batch, picks, gather)
+                rows = torch.cat([rows, load_rows(entries, index)], 1)
+                seen = torch.cat([seen, more], -1)
+            values, log_sum = self._attend(part.take(q), rows, seen, sink, scale)
+            part.put(y, values)
+            if return_lse:
+                part.put(lse, log_sum)
+        return (emit(y, out), lse) if return_lse else emit(y, out)
+
+    def _attend(self, q: Tensor, rows: Tensor, seen: Tensor, sink: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """q [n, c, H, D] over rows [n, K, D], keys and values alike; seen [n, c, K]."""
+        wide, (n, c, heads, dim) = self.numerics.accumulate, q.shape
+        rows = rows.to(wide)
+        score = torch.bmm(q.to(wide).view(n, c * heads, dim), rows.transpose(1, 2)) * scale
+        score = score.view(n, c, heads, -1).masked_fill(~seen[:, :, None], float("-inf"))
+        peak = score.detach().amax(-1, keepdim=True)
+        peak = peak.masked_fill(peak == float("-inf"), 0)  # a place without a token sees nothing
+        p = (score - peak).exp()
+        total = p.sum(-1, keepdim=True)
+        denominator = total + (sink.to(wide)[:, None] - peak).exp()
+        y = torch.bmm(p.to(self.numerics.probs).to(wide).view(n, c * heads, -1), rows).view(n, c, heads, dim)
+        return (y / denominator).to(q.dtype), (total.log() + peak).squeeze(-1)
+
+
+def reading(
+    heads: int, window_kv: KV, entries: KV | None, picks: Tensor | None, batch: Batch
+) -> tuple[bool, Callable[[Tile], int]]:
+    """Whether picked entries are gathered per token, and how many elements of scratch a token of a tile takes."""
+    window, k = window_kv.layout.window, 0 if picks is None else picks.shape[1]
+    if entries is None:
+        return False, lambda tile: heads * (tile.size + window - 1)
+    ratio = entries.layout.ratio
+    if k and int(batch.lengths.max(initial=0)) // ratio > DENSE * k:
+        return True, lambda tile: (heads + entries.layout.dim) * (window + k)
+    return False, lambda tile: heads * (tile.size + window - 1 + visible(tile, ratio))
+
+
+def window_rows(part: Part, kv: KV, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Physical rows [n, K] that a block's tokens see through the window, -1 for none; who sees which [n, c, K]."""
+    window, size = kv.layout.window, part.tokens.shape[1]
+    if (window, kv.paged) not in part.windows:
+        index = part.first[:, None] - window + 1 + torch.arange(size + window - 1, device=part.first.device)
+        index = torch.where((index >= 0) & (index <= part.last[:, None]), index, -1)
+        behind = part.positions[..., None] - index[:, None]
+        seen = (behind >= 0) & (behind < window) & (index >= 0)[:, None]
+        part.windows[window, kv.paged] = physical_rows(kv, batch, part.seq, index), seen
+    return part.windows[window, kv.paged]
+
+
+def entry_rows(part: Part, kv: KV, batch: Batch, picks: Tensor | None, gather: bool) -> tuple[Tensor, Tensor]:
+    """Physical rows [n, K] of the entries that a block reads, -1 for none; which token sees which [n, c, K].
+
+    picks None: all visible ones. gather: blocks of one token read what it picked, in that order.
+    """
+    ratio = kv.layout.ratio
+    if picks is not None and gather:
+        index = part.take(picks)[:, 0]
+        return physical_rows(kv, batch, part.seq, index), (index >= 0)[:, None]
+    count = (part.longest + 1) // ratio
+    index, seen = visible_entries(part, ratio, count)
+    if picks is not None:
+        chosen = part.take(picks)
+        member = torch.zeros(*chosen.shape[:2], count + 1, dtype=torch.bool, device=index.device)
+        seen = seen & member.scatter_(2, chosen.masked_fill(chosen < 0, count), True)[..., :count]
+    return physical_rows(kv, batch, part.seq, index), seen
+
+
+def visible_entries(part: Part, ratio: int, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` entries [n, count], -1 from where the block's last token sees none; who sees which."""
+    entry = torch.arange(count, device=part.seq.device)
+    index = torch.where(entry < ((part.last + 1) // ratio)[:, None], entry, -1)
+    return index, entry < ((part.positions + 1) // ratio)[..., None]
+
+
+def visible(tile: Tile, ratio: int) -> int:
+    """Entries that the tile's furthest token sees."""
+    return int(tile.last.max() + 1) // ratio

@@ -1,0 +1,91 @@
+"""The step's plan, cache rows, and the compressor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dsv4_hal import formats, ops
+from dsv4_hal.batch import Batch, make_plan
+from dsv4_hal.formats import RowLayout
+from dsv4_hal.ops import KV
+
+
+class Cache(ops.Cache):
+    def plan(self, batch: Batch, ratios: Mapping[int, bool], ropes: Mapping[str, Tensor]) -> Batch:
+        batch.plan = make_plan(batch, ratios, ropes, self.numerics.accumulate)
+        return batch
+
+    def kv_store(self, rows: Tensor, layout: RowLayout, batch: Batch, pool: KV | None = None) -> KV:
+        if pool is None:
+            return KV(formats.round_rows(rows, layout), layout)
+        source, target = batch.require_plan().write[layout.ratio]
+        chosen = rows if len(source) == len(rows) else rows[source]
+        formats.store(pool.data, layout, pool.rows, target, chosen)
+        return pool
+
+    def kv_load(self, kv: KV, batch: Batch, sequence: int, start: int, stop: int) -> Tensor:
+        index = torch.arange(start, stop, device=kv.data.device)[None]
+        seq = torch.tensor([sequence], device=kv.data.device)
+        return load_rows(kv, physical_rows(kv, batch, seq, index))[0]
+
+    def state_new(self, slots: int, ratio: int, overlap: bool, width: int, rollback: int = 0) -> Tensor:
+        """[slots, ring, 2, width]: rows, then gates, of position p at p modulo ring."""
+        ring = ratio * (2 if overlap else 1) + rollback
+        return torch.zeros(slots, ring, 2, width, dtype=self.numerics.accumulate, device=self.device)
+
+    def state_copy(self, state: Tensor, source: int, target: int) -> None:
+        state[target] = state[source]
+
+    def state_reset(self, state: Tensor, slot: int) -> None:
+        state[slot] = 0
+
+    def compress(
+        self,
+        kv: Tensor,
+        gate: Tensor,
+        ape: Tensor,
+        batch: Batch,
+        ratio: int,
+        overlap: bool,
+        state: Tensor | None = None,
+    ) -> Tensor:
+        entries = batch.require_plan().entries[ratio]
+        tokens = torch.stack([kv, gate + ape.to(gate.dtype)[batch.positions % ratio]], 1)  # [T, 2, coff * c]
+        known = tokens if state is None else torch.cat([tokens, state.flatten(0, 1)])
+        if entries.count:
+            block = known[entries.source.clamp(min=0)]  # [N, span, 2, coff * c]
+        else:
+            block = known.new_zeros(0, *entries.source.shape[1:], *known.shape[1:])
+        if overlap:  # the first channels of the block before, the last channels of its own
+            c = kv.shape[1] // 2
+            block = torch.cat([block[:, :ratio, :, :c], block[:, ratio:, :, c:]], 1)
+        missing = (entries.source < 0)[..., None]
+        value = block[:, :, 0].masked_fill(missing, 0)
+        weight = block[:, :, 1].masked_fill(missing, float("-inf")).softmax(1)
+        if state is not None:
+            state.flatten(0, 1)[entries.keep_target] = tokens[entries.keep_source].detach()
+        return (value * weight).sum(1)
+
+
+def physical_rows(kv: KV, batch: Batch, seq: Tensor, index: Tensor) -> Tensor:
+    """Rows that hold logical rows index [n, k] of sequences seq [n]; -1 stays -1."""
+    plan, ratio = batch.require_plan(), kv.layout.ratio
+    if kv.paged:
+        table = plan.tables[ratio]
+        block = table[seq[:, None], (index.clamp(min=0) // kv.rows) % table.shape[1]]
+        return (block * kv.rows + index % kv.rows).masked_fill(index < 0, -1)
+    return (plan.base[ratio][seq, None] + index).masked_fill(index < 0, -1)
+
+
+def load_rows(kv: KV, physical: Tensor) -> Tensor:
+    """Rows [n, k] -> [n, k, dim]; zeros where -1, which is never read: what lies there may be NaN, and zero times NaN
+    would poison a sum."""
+    if kv.paged:
+        return formats.load(kv.data, kv.layout, kv.rows, physical)
+    if not len(kv.data):
+        return kv.data.new_zeros(*physical.shape, kv.layout.dim)
+    missing = (physical < 0)[..., None]
+    return kv.data[physical.clamp(min=0)].masked_fill(missing, 0)

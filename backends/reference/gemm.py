@@ -1,0 +1,63 @@
+"""Matrix products: inputs rounded as the profile says, exact products, sums in the accumulator, one rounding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv4_hal import formats, ops
+from dsv4_hal.formats import Format, QTensor, Weight
+
+
+class Gemm(ops.Gemm):
+    def quantize(self, x: Tensor, fmt: Format) -> QTensor:
+        return formats.quantize(x, fmt)
+
+    def dequantize(self, w: QTensor, dtype: torch.dtype) -> Tensor:
+        return formats.dequantize(w, dtype)
+
+    def linear(
+        self, x: Tensor | QTensor, w: Weight, out_dtype: torch.dtype | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
+        y = F.linear(self._input(x, w), formats.dequantize(w, self.numerics.accumulate))
+        return emit(y.to(out_dtype or self.numerics.storage), out)
+
+    def grouped_linear(
+        self,
+        rows: Tensor,
+        w: Weight,
+        offsets: Tensor,
+        out_dtype: torch.dtype | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        x, bounds = self._input(rows, w), offsets.tolist()
+        parts = [
+            F.linear(x[start:stop], formats.dequantize(w[expert], self.numerics.accumulate))
+            for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+            if stop > start
+        ]
+        y = torch.cat(parts) if parts else x.new_zeros(0, w.shape[1])
+        return emit(y.to(out_dtype or self.numerics.storage), out)
+
+    def block_diagonal_linear(self, x: Tensor, w: Weight, *, out: Tensor | None = None) -> Tensor:
+        wide = self.numerics.accumulate
+        rounded = formats.dequantize(w, self.numerics.storage).to(wide)
+        y = torch.bmm(x.to(wide).transpose(0, 1), rounded.transpose(1, 2)).transpose(0, 1)
+        return emit(y.to(self.numerics.storage).contiguous(), out)
+
+    def embedding(self, ids: Tensor, w: Weight) -> Tensor:
+        return F.embedding(ids, w.data).to(self.numerics.storage)
+
+    def _input(self, x: Tensor | QTensor, w: Weight) -> Tensor:
+        """x as the product sees it: rounded in front of a quantised weight, widened to the accumulator."""
+        if isinstance(x, QTensor):
+            return formats.dequantize(x, self.numerics.accumulate)
+        fmt = self.numerics.activation
+        return (x if fmt is None or w.format.plain else formats.simulate(x, fmt)).to(self.numerics.accumulate)
+
+
+def emit(y: Tensor, out: Tensor | None) -> Tensor:
+    """Honour `out=`."""
+    return y if out is None else out.copy_(y)

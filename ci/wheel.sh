@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Build the wheel, install it in an environment of its own, away from the sources, and use it there.
+set -euo pipefail
+bin=$(cd "$1" && pwd)
+root=$PWD
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"$bin/python" -m build --quiet --outdir "$work/dist" .
+python3 -m venv "$work/venv"
+"$work/venv/bin/python" -m pip install -q -c "$root/constraints.txt" "$work"/dist/*.whl
+cd "$work"
+"$work/venv/bin/python" - <<'PY'
+import sys
+import dsv4_hal
+
+assert "site-packages" in dsv4_hal.__file__, dsv4_hal.__file__
+vendors = [name for name in ("triton", "torch_npu", "deep_gemm", "flash_mla") if name in sys.modules]
+assert not vendors, vendors
+print([(b.name, b.available) for b in dsv4_hal.list_backends()])
+PY
+"$work/venv/bin/dsv4-hal" init --preset v4-tiny --out "$work/a folder/v4-tiny"
+echo "wheel: built, installed elsewhere, used"

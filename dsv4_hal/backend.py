@@ -1,0 +1,80 @@
+"""What a backend is: an implementation of the ops, and what it says about itself.
+
+A new accelerator subclasses a backend that works (the reference runs on any torch device), names its device, and
+overrides op by op. Differences inside one vendor are data that its `supports` and `row_layout` consult.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from dsv4_hal.numerics import Numerics
+from dsv4_hal.ops import OPS, Ops
+
+Facts = Mapping[str, Any]
+"""Static facts of a model that a backend may refuse an op for: widths, head counts, ratios, formats."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether something can be used, and why or why not."""
+
+    ok: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a backend's implementation of an op comes from.
+
+    kind     "native": the backend's own; "inherited": another backend's, through subclassing;
+             "composite": the contract's definition in other ops; "missing": a primitive it does not have
+    backend  name of the backend whose code it is ("" for composite and missing)
+    """
+
+    kind: str
+    backend: str = ""
+
+
+class Backend(Ops):
+    """Base class of backends: ops (see `dsv4_hal.ops`), device, numeric profile, and verdicts.
+
+    name         what the user calls it
+    device_type  torch device it computes on by default
+    """
+
+    name: ClassVar[str] = ""
+    device_type: ClassVar[str] = "cpu"
+
+    def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:
+        verdict = self.available()
+        if not verdict:
+            raise RuntimeError(f"backend {self.name} is not available: {verdict.reason}")
+        self.numerics = numerics
+        self.device = torch.device(device or self.device_type)
+
+    @classmethod
+    def available(cls) -> Verdict:
+        """Whether this machine can run it. Cheap; imports nothing that can break."""
+        return Verdict(True, "always available")
+
+    def supports(self, op: str, facts: Facts) -> Verdict:
+        """Whether `op` can serve a model with these facts. Asked once, at load; cheap, deterministic, no device work."""
+        return Verdict(True, "no restriction")
+
+    @classmethod
+    def origin(cls, op: str) -> Origin:
+        """Where this backend's implementation of an op comes from."""
+        definer = next(c for c in cls.__mro__ if op in vars(c))
+        if getattr(definer, op) is OPS[op].definition:
+            return Origin("composite" if OPS[op].composite else "missing")
+        owners = [c for c in cls.__mro__ if issubclass(c, definer) and "name" in vars(c)]
+        owner = owners[-1].__dict__["name"] if owners else cls.name
+        return Origin("native" if owner == cls.name else "inherited", owner)

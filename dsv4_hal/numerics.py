@@ -1,0 +1,83 @@
+"""The numeric profile: which dtype holds what, and where a rounding happens.
+
+Ops never name a dtype in passing; they read it here. The profile is what makes two backends comparable: a backend
+declares the one it computes in, and the reference computes the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dsv4_hal.formats import FORMATS, Format
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Where values are rounded, and to what.
+
+    mode        name of the profile
+    storage     dtype of every activation that passes from one op to another
+    accumulate  dtype inside an op: sums, softmax, norms, mixing of streams, compressor state, logits
+    q_norm      dtype that the per-head query norm rounds squares, mean and reciprocal root to
+    score       dtype that indexer scores are rounded to at every step
+    probs       dtype of attention probabilities in front of the product with the values
+    activation  format an activation is quantised to in front of a quantised weight; None: not quantised
+    kv          format of the non-rotary channels of a KV row; None: not quantised
+    index       format of indexer queries and keys; None: not quantised
+    hadamard    whether indexer queries and keys are rotated by a Hadamard matrix first
+    matmul      arithmetic of matrix products: "ieee", or "tf32" / "hf32" where a device cannot do better
+    """
+
+    mode: str
+    storage: torch.dtype
+    accumulate: torch.dtype
+    q_norm: torch.dtype
+    score: torch.dtype
+    probs: torch.dtype
+    activation: Format | None = None
+    kv: Format | None = None
+    index: Format | None = None
+    hadamard: bool = False
+    matmul: str = "ieee"
+
+
+def exact(dtype: torch.dtype = torch.float32) -> Numerics:
+    """No quantisation of activations or cache rows, no Hadamard; everything in `dtype`, sums in at least float32."""
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"mode exact computes in float64, float32, bfloat16 or float16, not {dtype}")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return Numerics("exact", storage=dtype, accumulate=wide, q_norm=wide, score=wide, probs=wide)
+
+
+def deployed(accumulate: torch.dtype = torch.float32) -> Numerics:
+    """The rounding points of the published inference code: bf16 between ops, FP8 activations and KV rows, FP4 indexer.
+
+    accumulate=float64 keeps every rounding point and only widens what lies between them: the run that tolerances of
+    this mode are derived from.
+    """
+    bf16 = torch.bfloat16
+    return Numerics(
+        "deployed",
+        storage=bf16,
+        accumulate=accumulate,
+        q_norm=bf16,
+        score=bf16,
+        probs=bf16,
+        activation=FORMATS["e4m3_1x128"],
+        kv=FORMATS["e4m3_1x64"],
+        index=FORMATS["mxfp4"],
+        hadamard=True,
+    )
+
+
+def numerics_for(mode: str, dtype: torch.dtype | None = None) -> Numerics:
+    """The profile of a mode by name. `dtype` is the compute dtype of `exact`; `deployed` fixes its own."""
+    if mode == "exact":
+        return exact(dtype or torch.float32)
+    if mode == "deployed":
+        if dtype not in (None, torch.bfloat16):
+            raise ValueError(f"mode deployed stores activations in bfloat16; dtype={dtype} only goes with mode exact")
+        return deployed()
+    raise ValueError(f"unknown mode {mode!r}: exact or deployed")

@@ -1,0 +1,152 @@
+"""Cases of the indexer and of sparse attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dsv4_hal.batch import Batch
+from dsv4_hal.ops.cases.cache import row_layout
+from dsv4_hal.ops.cases.inputs import (
+    RAGGED,
+    TOKENS,
+    Results,
+    angles,
+    case,
+    count_rows,
+    filled,
+    nans,
+    normal,
+    pool_for,
+    steps,
+    token_rows,
+    weight,
+    whole,
+    yes,
+)
+
+if TYPE_CHECKING:
+    from dsv4_hal.dispatch import Resolved
+    from dsv4_hal.ops.spec import Cases
+
+INDEX_HEADS, HEADS, SCALE = 4, 4, 512**-0.5
+
+
+def index_topk() -> Cases:
+    for ragged in RAGGED:
+        yield case("index_topk", _index_topk, ragged=ragged, k=8)
+        yield case("index_topk", _index_ties, ragged=ragged, k=8)
+    yield case("index_topk", _index_topk, ragged="chunked", k=1)
+    yield case("index_topk", _index_topk, ragged="mixed", k=512)  # far more than anyone sees
+
+
+def _longest(batch: Batch, ratio: int) -> int:
+    return int(batch.lengths.max(initial=0)) // ratio
+
+
+def _index_topk(ops: Resolved, generator: torch.Generator, ragged: str, k: int) -> Results:
+    batches = steps(ops, generator, ragged)
+    batch = batches[-1]
+    keys = filled(ops, generator, row_layout(ops, "index"), batches)
+    q = token_rows(ops, generator, batch, INDEX_HEADS, keys.layout.dim)
+    weights = token_rows(ops, generator, batch, INDEX_HEADS)
+    picks, scores = ops.index_topk(q, weights, keys, batch, k)
+    count = max(1, _longest(batch, keys.layout.ratio))
+    every, score = ops.index_topk(q, weights, keys, batch, count)
+    # One more column takes what belongs to no entry.
+    candidates = torch.full((batch.tokens, count + 1), float("-inf"), dtype=score.dtype, device=ops.device)
+    candidates = candidates.scatter(1, every.masked_fill(every < 0, count), score)[:, :count]
+    return {"picks": picks, "scores": scores, "candidates": candidates.contiguous()}
+
+
+def _index_ties(ops: Resolved, generator: torch.Generator, ragged: str, k: int) -> Results:
+    """Scores are small whole numbers, many of them equal: the order has one right answer.
+
+    A row of +-1 and zeros is exact in every row format, and so are its products.
+    """
+    batches = steps(ops, generator, ragged)
+    layout, batch = row_layout(ops, "index"), batches[-1]
+    keys = pool_for(ops, layout, batch)
+    for step in batches:
+        rows = whole(ops, generator, -1, 1, count_rows(step, layout.ratio), layout.dim)
+        rows[:, 8:] = 0
+        rows[:, 8::32] = 1  # the largest value of every block of 32 is 1
+        keys = ops.kv_store(rows, layout, step, keys)
+    assert keys is not None
+    q = whole(ops, generator, 0, 1, batch.tokens, INDEX_HEADS, layout.dim)
+    q[:, :, 8:] = 0
+    q[:, :, 9::32] = 1
+    weights = whole(ops, generator, -1, 2, batch.tokens, INDEX_HEADS)
+    order, scores = ops.index_topk(q, weights, keys, batch, k)
+    return {"order": order, "scores": scores}
+
+
+def sparse_attention() -> Cases:
+    for ragged in RAGGED:
+        for entries in ("none", "csa", "picks", "hca"):
+            yield case("sparse_attention", _attention, ragged=ragged, entries=entries)
+    yield case("sparse_attention", _attention, ragged="chunked", entries="hca", window=128)
+    yield case("sparse_attention", _attention, ragged="mixed", entries="none", window=1)
+    yield case("sparse_attention", _attention, ragged="mixed", entries="picks", k=40)  # more than most tokens see
+    yield case("sparse_attention", _attention, ragged="mixed", entries="csa", small=True)
+    yield case("sparse_attention", _attention, ragged="decode", entries="picks", sink=30.0)  # outweighs every key
+    yield case("sparse_attention", _attention, ragged="chunked", entries="picks", q_scale=30.0)  # one key takes all
+    yield case("sparse_attention", _attention, ragged="padded", entries="picks", out=True)
+    yield case("sparse_attention", _attention, ragged="padded", entries="none", lse=False)
+
+
+def _attention(
+    ops: Resolved,
+    generator: torch.Generator,
+    ragged: str,
+    entries: str,
+    window: int = 8,
+    small: bool = False,
+    k: int = 5,
+    sink: float = 0.0,
+    q_scale: float = 2.0,
+    out: bool = False,
+    lse: bool = True,
+) -> Results:
+    batches = steps(ops, generator, ragged, window)
+    batch, kind = batches[-1], "csa" if entries == "picks" else entries
+    window_kv = filled(ops, generator, row_layout(ops, "window", small, window), batches)
+    dim = window_kv.layout.dim
+    compressed = None if kind == "none" else filled(ops, generator, row_layout(ops, kind, small), batches)
+    picks = random_picks(ops, generator, batch, k) if entries == "picks" else None
+    q = token_rows(ops, generator, batch, HEADS, dim, scale=q_scale)
+    sinks = normal(ops, generator, HEADS, dtype=torch.float32) + sink
+    target = nans(ops, batch.tokens, HEADS, dim) if out else None
+    result = ops.sparse_attention(
+        q, window_kv, sinks, SCALE, batch, compressed, picks, return_lse=lse, out=target
+    )
+    if isinstance(result, Tensor):
+        return {"y": result}
+    y, log_sum = result
+    if target is None:
+        return {"y": y, "lse": log_sum}
+    return {"y": y, "lse": log_sum, "written": target, "same": yes(ops, y is target)}
+
+
+def random_picks(ops: Resolved, generator: torch.Generator, batch: Batch, k: int, ratio: int = 4) -> Tensor:
+    """[T, k] distinct visible entries in any order, with -1 between them; padding tokens pick nothing."""
+    visible = torch.from_numpy((batch.positions_host + 1) // ratio * (batch.seq_host >= 0))
+    rank = torch.rand(batch.tokens, max(_longest(batch, ratio), k), generator=generator).argsort(-1)
+    picks = rank[:, :k]
+    return torch.where(picks < visible[:, None], picks, -1).to(ops.device)
+
+
+def output_proj() -> Cases:
+    for format in ("bf16", "e4m3_128x128"):
+        for tokens in TOKENS:
+            yield case("output_proj", _output_proj, format=format, tokens=tokens)
+
+
+def _output_proj(ops: Resolved, generator: torch.Generator, format: str, tokens: int) -> Results:
+    heads, dim, groups, rank, width = 4, 256, 2, 128, 192
+    tables = angles(ops, torch.randint(5000, (tokens,), generator=generator), 64)
+    wo_a = weight(ops, generator, format, groups, rank, heads * dim // groups)
+    wo_b = weight(ops, generator, format, width, groups * rank)
+    return {"y": ops.output_proj(normal(ops, generator, tokens, heads, dim), tables, wo_a, wo_b)}

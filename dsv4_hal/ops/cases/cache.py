@@ -1,0 +1,299 @@
+"""Cases of the plan, of cache rows, and of the compressor.
+
+What a state holds is its backend's own business: a case looks at it through what `compress` makes of it later.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsv4_hal.batch import Batch
+from dsv4_hal.ops.cases.inputs import (
+    RAGGED,
+    RATIOS,
+    Results,
+    angles,
+    case,
+    filled,
+    held,
+    nans,
+    normal,
+    place,
+    pool_for,
+    steps,
+    token_rows,
+    weight,
+)
+
+if TYPE_CHECKING:
+    from dsv4_hal.dispatch import Resolved
+    from dsv4_hal.formats import RowLayout
+    from dsv4_hal.ops.cache import CompressorWeights
+    from dsv4_hal.ops.spec import Cases
+
+KINDS = ("window", "csa", "hca", "index")
+RATIO = {"window": 1, "csa": 4, "hca": 128, "index": 4}
+
+
+def row_layout(ops: Resolved, kind: str, small: bool = False, window: int = 8) -> RowLayout:
+    """Rows of the published widths, or small ones that only general kernels take."""
+    dim, rope = (128, 64) if kind == "index" else (96, 32) if small else (512, 64)
+    name = {"window": "window", "index": "index"}.get(kind, "entries")
+    return ops.row_layout(name, dim, 0 if kind == "index" else rope, RATIO[kind], window if kind == "window" else 0)
+
+
+def plan() -> Cases:
+    for ragged in RAGGED:
+        yield case("plan", _plan, ragged=ragged)
+    yield case("plan", _plan_far, position=1_000_003)
+
+
+def frequencies(channels: int, base: float) -> Tensor:
+    return base ** -(torch.arange(0, channels, 2, dtype=torch.float32) / channels)
+
+
+def _plan(ops: Resolved, generator: torch.Generator, ragged: str) -> Results:
+    ropes = {"window": frequencies(64, 1e4), "compressed": frequencies(64, 1.6e5)}
+    return _planned(steps(ops, generator, ragged, ropes=ropes)[-1])
+
+
+def _plan_far(ops: Resolved, generator: torch.Generator, position: int) -> Results:
+    batch = Batch(np.array([9]), np.array([position]), ops.device, slots=np.array([1]))
+    return _planned(ops.plan(batch, RATIOS, {"window": frequencies(64, 1e4)}))
+
+
+def _planned(batch: Batch) -> Results:
+    """What every backend's plan has: RoPE tables, and the entries that are completed."""
+    done = batch.require_plan()
+    out = {}
+    for (name, ratio), (cos, sin) in done.rope.items():
+        out |= {f"cos_{name}_{ratio}": cos, f"sin_{name}_{ratio}": sin}
+    for ratio, entries in done.entries.items():
+        out |= {f"sequence_{ratio}": entries.seq, f"entry_{ratio}": entries.index}
+        out[f"position_{ratio}"] = entries.positions
+    return out
+
+
+def kv_store() -> Cases:
+    for kind in KINDS:
+        for ragged in RAGGED:
+            yield case("kv_store", _kv_store, kind=kind, ragged=ragged)
+    yield case("kv_store", _kv_store, kind="window", ragged="mixed", small=True)
+    yield case("kv_store", _kv_store, kind="csa", ragged="mixed", small=True)
+    yield case("kv_store", _kv_store, kind="csa", ragged="chunked", block_tokens=128)
+
+
+def _kv_store(
+    ops: Resolved, generator: torch.Generator, kind: str, ragged: str, small: bool = False, block_tokens: int = 256
+) -> Results:
+    batches = steps(ops, generator, ragged, block_tokens=block_tokens)
+    kv = filled(ops, generator, row_layout(ops, kind, small), batches)
+    return held(ops, kind if kind == "index" else "kv", kv, batches[-1])
+
+
+def kv_load() -> Cases:
+    for kind in KINDS:
+        for ragged in ("packed", "decode", "chunked", "padded"):
+            yield case("kv_load", _kv_load, kind=kind, ragged=ragged)
+
+
+def _kv_load(ops: Resolved, generator: torch.Generator, kind: str, ragged: str) -> Results:
+    batches = steps(ops, generator, ragged)
+    layout = row_layout(ops, kind)
+    kv = filled(ops, generator, layout, batches)
+    out = {}
+    for sequence, length in enumerate(batches[-1].lengths // layout.ratio):
+        stop, name = int(length), "index" if kind == "index" else "kv"
+        out[f"{name}_nothing_{sequence}"] = ops.kv_load(kv, batches[-1], sequence, stop, stop)
+        out[f"{name}_last_{sequence}"] = ops.kv_load(kv, batches[-1], sequence, max(0, stop - 1), stop)
+        out[f"{name}_tail_{sequence}"] = ops.kv_load(kv, batches[-1], sequence, max(0, stop - 5), max(0, stop - 1))
+    return out
+
+
+def chunks(ops: Resolved, cuts: tuple[tuple[int, int], ...], slot: int = 0, rollback: int = 0) -> list[Batch]:
+    """Steps of one sequence: (context, tokens) each, planned. A context below what was seen before cuts tokens back."""
+    return [
+        ops.plan(
+            Batch(np.array([n]), np.array([context]), ops.device, slots=np.array([slot]), rollback=rollback), RATIOS, {}
+        )
+        for context, n in cuts
+    ]
+
+
+def _compress_all(
+    ops: Resolved,
+    generator: torch.Generator,
+    batches: list[Batch],
+    ratio: int,
+    state: Tensor | None,
+    width: int = 16,
+    scale: float = 1.0,
+) -> Results:
+    """What every step completes; `width` channels an entry."""
+    overlap = RATIOS[ratio]
+    channels, wide = width * (2 if overlap else 1), ops.numerics.accumulate
+    ape = normal(ops, generator, ratio, channels, dtype=torch.float32)
+    out = {}
+    for number, batch in enumerate(batches):
+        kv = token_rows(ops, generator, batch, channels).to(wide)
+        gate = token_rows(ops, generator, batch, channels, scale=scale).to(wide)
+        out[f"entries_{number}"] = ops.compress(kv, gate, ape, batch, ratio, overlap, state)
+    return out
+
+
+def _width(ratio: int, width: int = 16) -> int:
+    return width * (2 if RATIOS[ratio] else 1)
+
+
+def stale_state(ops: Resolved, slots: int, ratio: int, width: int = 16, rollback: int = 0) -> Tensor:
+    """A state in which every slot was used before, by a sequence of nothing but NaN."""
+    overlap, channels = RATIOS[ratio], _width(ratio, width)
+    state = ops.state_new(slots, ratio, overlap, channels, rollback)
+    long = np.full(slots, 2 * ratio + rollback)
+    batch = Batch(long, np.zeros_like(long), ops.device, slots=np.arange(slots), rollback=rollback)
+    rows = nans(ops, batch.tokens, channels, dtype=ops.numerics.accumulate)
+    ape = place(ops, torch.zeros(ratio, channels), torch.float32)
+    ops.compress(rows, rows, ape, ops.plan(batch, RATIOS, {}), ratio, overlap, state)
+    return state
+
+
+def state_new() -> Cases:
+    for ratio in RATIOS:
+        for rollback in (0, 3):
+            yield case("state_new", _state_new, ratio=ratio, rollback=rollback)
+
+
+def _state_new(ops: Resolved, generator: torch.Generator, ratio: int, rollback: int) -> Results:
+    state = ops.state_new(2, ratio, RATIOS[ratio], _width(ratio), rollback)
+    batches = chunks(ops, ((0, ratio + 1), (ratio + 1, ratio), (2 * ratio + 1, 1)), slot=1, rollback=rollback)
+    return _compress_all(ops, generator, batches, ratio, state)
+
+
+def state_copy() -> Cases:
+    for ratio in RATIOS:
+        yield case("state_copy", _state_copy, ratio=ratio, source=2, target=0)
+    yield case("state_copy", _state_copy, ratio=4, source=1, target=1)
+
+
+def _state_copy(ops: Resolved, generator: torch.Generator, ratio: int, source: int, target: int) -> Results:
+    """A sequence goes on in the copy, then in the original as well."""
+    state = stale_state(ops, 3, ratio)
+    before = _compress_all(ops, generator, chunks(ops, ((0, 2 * ratio - 1),), source), ratio, state)
+    ops.state_copy(state, source, target)
+    twin = _compress_all(ops, generator, chunks(ops, ((2 * ratio - 1, 2),), target), ratio, state)
+    again = _compress_all(ops, generator, chunks(ops, ((2 * ratio - 1, 2),), source), ratio, state)
+    return {"before": before["entries_0"], "twin": twin["entries_0"], "original": again["entries_0"]}
+
+
+def state_reset() -> Cases:
+    for ratio in RATIOS:
+        yield case("state_reset", _state_reset, ratio=ratio, slot=1)
+    yield case("state_reset", _state_reset, ratio=4, slot=0)
+
+
+def _state_reset(ops: Resolved, generator: torch.Generator, ratio: int, slot: int) -> Results:
+    """A new sequence in the slot that was reset, while the other slot's sequence goes on."""
+    state, other = stale_state(ops, 2, ratio), 1 - slot
+    before = _compress_all(ops, generator, chunks(ops, ((0, 2 * ratio - 1),), other), ratio, state)
+    ops.state_reset(state, slot)
+    new = _compress_all(ops, generator, chunks(ops, ((0, ratio - 1), (ratio - 1, 2)), slot), ratio, state)
+    after = _compress_all(ops, generator, chunks(ops, ((2 * ratio - 1, 1),), other), ratio, state)
+    return {"before": before["entries_0"], "new": new["entries_1"], "after": after["entries_0"]}
+
+
+def compress() -> Cases:
+    for ratio in RATIOS:
+        for ragged in RAGGED:
+            yield case("compress", _compress, ratio=ratio, ragged=ragged)
+        yield case("compress", _compress, ratio=ratio, ragged="chunked", scale=40.0)  # exponentials that overflow
+    for ratio, first in ((4, 9), (128, 126)):  # cut back by two tokens, over the edge of a block
+        yield case("compress", _compress_rollback, ratio=ratio, first=first)
+
+
+def _compress(ops: Resolved, generator: torch.Generator, ratio: int, ragged: str, scale: float = 1.0) -> Results:
+    batches = steps(ops, generator, ragged)
+    state = stale_state(ops, len(RAGGED[ragged].q_lens) + 3, ratio) if batches[0].cached else None
+    return _compress_all(ops, generator, batches, ratio, state, scale=scale)
+
+
+def _compress_rollback(ops: Resolved, generator: torch.Generator, ratio: int, first: int) -> Results:
+    batches = chunks(ops, ((0, first), (first, 4), (first + 2, 3), (first + 5, ratio)), slot=1, rollback=3)
+    return _compress_all(ops, generator, batches, ratio, stale_state(ops, 2, ratio, rollback=3))
+
+
+def compressor_weights(
+    ops: Resolved, generator: torch.Generator, ratio: int, width: int, inputs: int, format: str
+) -> CompressorWeights:
+    from dsv4_hal.ops.cache import CompressorWeights
+
+    channels = _width(ratio, width)
+    return CompressorWeights(
+        weight(ops, generator, format, channels, inputs),
+        weight(ops, generator, format, channels, inputs),
+        normal(ops, generator, ratio, channels, dtype=torch.float32),
+        normal(ops, generator, width, dtype=torch.float32),
+    )
+
+
+def compressor() -> Cases:
+    for ratio in RATIOS:
+        for ragged in ("packed", "decode", "chunked", "padded", "none"):
+            yield case("compressor", _compressor, ratio=ratio, ragged=ragged, format="bf16")
+    yield case("compressor", _compressor, ratio=4, ragged="mixed", format="fp32")
+
+
+def _compressor(ops: Resolved, generator: torch.Generator, ratio: int, ragged: str, format: str) -> Results:
+    width, inputs = 64, 32
+    batches = steps(ops, generator, ragged)
+    weights = compressor_weights(ops, generator, ratio, width, inputs, format)
+    state = stale_state(ops, len(RAGGED[ragged].q_lens) + 3, ratio, width) if batches[0].cached else None
+    out = {}
+    for number, batch in enumerate(batches):
+        tables = angles(ops, batch.require_plan().entries[ratio].positions, 32)
+        x = token_rows(ops, generator, batch, inputs)
+        out[f"entries_{number}"] = ops.compressor(x, weights, batch, ratio, RATIOS[ratio], state, tables, 1e-6)
+    return out
+
+
+def compress_store() -> Cases:
+    for kind in ("csa", "hca", "index"):
+        for ragged in ("packed", "mixed", "chunked", "padded"):
+            yield case("compress_store", _compress_store, kind=kind, ragged=ragged)
+
+
+def _compress_store(ops: Resolved, generator: torch.Generator, kind: str, ragged: str) -> Results:
+    layout, inputs = row_layout(ops, kind), 32
+    ratio, batches = layout.ratio, steps(ops, generator, ragged)
+    weights = compressor_weights(ops, generator, ratio, layout.dim, inputs, "bf16")
+    state = stale_state(ops, len(RAGGED[ragged].q_lens) + 3, ratio, layout.dim) if batches[0].cached else None
+    kv = pool_for(ops, layout, batches[0])
+    for batch in batches:
+        tables = angles(ops, batch.require_plan().entries[ratio].positions, 64)
+        x = token_rows(ops, generator, batch, inputs)
+        kv = ops.compress_store(
+            x, weights, layout, batch, RATIOS[ratio], state, tables, 1e-6, kv, rotate=kind == "index"
+        )
+    assert kv is not None
+    return held(ops, "index" if kind == "index" else "kv", kv, batches[-1])
+
+
+def kv_norm_rope_store() -> Cases:
+    for ragged in RAGGED:
+        yield case("kv_norm_rope_store", _kv_norm_rope_store, ragged=ragged)
+    yield case("kv_norm_rope_store", _kv_norm_rope_store, ragged="mixed", small=True)
+
+
+def _kv_norm_rope_store(ops: Resolved, generator: torch.Generator, ragged: str, small: bool = False) -> Results:
+    layout, batches = row_layout(ops, "window", small), steps(ops, generator, ragged)
+    gain = normal(ops, generator, layout.dim, dtype=torch.float32)
+    kv = pool_for(ops, layout, batches[0])
+    for batch in batches:
+        tables = angles(ops, batch.positions, 32 if small else 64)
+        rows = token_rows(ops, generator, batch, layout.dim)
+        kv = ops.kv_norm_rope_store(rows, gain, 1e-6, tables, layout, batch, kv)
+    assert kv is not None
+    return held(ops, "kv", kv, batches[-1])

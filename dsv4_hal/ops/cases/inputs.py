@@ -1,0 +1,225 @@
+"""What cases are made of: random tensors, weights in any format, and ragged steps with a history in the cache.
+
+Everything is drawn on the CPU in float32 and converted afterwards: a seed means the same numbers in every profile and
+on every device, and nothing is ever read back from one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsv4_hal.batch import Array, Batch, CosSin, cos_sin
+from dsv4_hal.formats import FORMATS, QTensor, RowLayout, Weight, new_pool, quantize
+from dsv4_hal.ops.spec import Case
+
+if TYPE_CHECKING:
+    from dsv4_hal.dispatch import Resolved
+    from dsv4_hal.ops.cache import KV
+
+Results = dict[str, Tensor]
+
+TOKENS = (0, 1, 5)
+PLAIN_FORMATS = ("fp32", "fp16", "bf16")
+WEIGHT_FORMATS = (*PLAIN_FORMATS, "e4m3_128x128", "e4m3_128x128_fp32", "mxfp8", "mxfp4", "int8_channel", "int4_channel")
+RATIOS = {4: True, 128: False}  # ratio -> overlap, as in the published models
+POISON = 0xFF  # NaN in every format a pool may hold
+NAN = float("nan")
+
+
+def case(op: str, run: Callable[..., Results], **parameters: object) -> Case:
+    """A case that calls run(ops, generator, **parameters), named after its parameters."""
+    listed = ",".join(f"{name}={value}" for name, value in parameters.items())
+    return Case(f"{op}[{listed}]", partial(run, **parameters))
+
+
+def normal(
+    ops: Resolved, generator: torch.Generator, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> Tensor:
+    """Normal values with standard deviation `scale`, in numerics.storage by default."""
+    return place(ops, torch.randn(shape, generator=generator) * scale, dtype)
+
+
+def whole(
+    ops: Resolved, generator: torch.Generator, low: int, high: int, *shape: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Whole numbers low .. high, exact in every dtype, in numerics.storage by default."""
+    return place(ops, torch.randint(low, high + 1, shape, generator=generator).float(), dtype)
+
+
+def place(ops: Resolved, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return values.to(dtype or ops.numerics.storage).to(ops.device)
+
+
+def nans(ops: Resolved, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor to write to: whoever forgets a place leaves a NaN."""
+    return place(ops, torch.full(shape, NAN), dtype)
+
+
+def yes(ops: Resolved, fact: bool) -> Tensor:
+    """A fact about the call as a result: reference and backend must agree on it."""
+    return torch.tensor(fact, device=ops.device)
+
+
+def ids(ops: Resolved, generator: torch.Generator, tokens: int, k: int, count: int) -> Tensor:
+    """k distinct numbers below `count` for each token."""
+    return torch.rand(tokens, count, generator=generator).argsort(-1)[:, :k].contiguous().to(ops.device)
+
+
+def quantised(ops: Resolved, generator: torch.Generator, format: str, *shape: int, spread: float = 3.0) -> QTensor:
+    """Values in a format. Magnitudes differ from column to column by powers of two, so that no two scales are alike."""
+    values = torch.randn(shape, generator=generator)
+    values *= torch.exp2((torch.rand(shape[-1], generator=generator) * spread).floor() - spread)
+    q = quantize(values, FORMATS[format])
+    return QTensor(q.data.to(ops.device), None if q.scale is None else q.scale.to(ops.device), q.format)
+
+
+def weight(ops: Resolved, generator: torch.Generator, format: str, *shape: int) -> Weight:
+    """A weight [..., out, in] as the backend's own ops read it."""
+    q = quantised(ops, generator, format, *shape)
+    return ops.repack(Weight(q.data, q.scale, q.format, "w"))
+
+
+def angles(ops: Resolved, positions: Tensor, channels: int) -> CosSin:
+    """RoPE tables of `channels` rotary channels."""
+    frequency = 10000.0 ** -(torch.arange(0, channels, 2, dtype=torch.float32) / channels)
+    return cos_sin(positions.to(ops.device), frequency.to(ops.device), ops.numerics.accumulate)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Lengths of a step: new tokens and context of each sequence, padding tokens; packed or with a cache."""
+
+    q_lens: Sequence[int]
+    context: Sequence[int] = ()
+    padding: int = 0
+
+    @property
+    def packed(self) -> bool:
+        return not self.context
+
+
+# Lengths lie around multiples of 4 and 128; contexts of "chunked" cut blocks of both ratios.
+RAGGED = {
+    "packed": Ragged((5, 1, 130)),
+    "packed_padded": Ragged((9, 0, 4), padding=3),
+    "packed_none": Ragged(()),
+    "decode": Ragged((1, 1, 1, 1), (3, 0, 127, 255)),
+    "prefill": Ragged((129, 3, 64), (0, 0, 0)),
+    "chunked": Ragged((9, 70, 5), (6, 63, 254)),
+    "mixed": Ragged((1, 20, 1, 3), (130, 0, 7, 125)),
+    "empty": Ragged((0, 2, 0), (12, 2, 0)),
+    "padded": Ragged((1, 6), (31, 2), padding=5),
+    "none": Ragged((0, 0), (9, 0)),
+}
+
+
+def steps(
+    ops: Resolved,
+    generator: torch.Generator,
+    ragged: str,
+    window: int = 8,
+    ropes: dict[str, Tensor] | None = None,
+    block_tokens: int = 256,
+) -> list[Batch]:
+    """Planned batches that bring every sequence to its context, and then the step itself.
+
+    Blocks and slots are dealt out in random order, some are left over, and the window ring is shorter than the longest
+    sequences.
+    """
+    lengths, ropes = RAGGED[ragged], ropes or {}
+    if lengths.packed:
+        return [ops.plan(Batch.packed(lengths.q_lens, ops.device, lengths.padding), RATIOS, ropes)]
+    q, context = np.array(lengths.q_lens), np.array(lengths.context)
+    chunk, count = max(64, int(q.max())), len(q)
+    token_table = shuffled(generator, count, int((context + q).max()) // block_tokens + 1)
+    window_table = shuffled(generator, count, -(-(window - 1 + chunk) // 16))
+    slots = shuffled(generator, count, 1)[:, 0]
+    batches, done = [], np.zeros(count, np.int64)
+    while True:
+        last = not (done < context).any()
+        now = q if last else np.minimum(chunk, context - done)
+        batches.append(
+            ops.plan(
+                Batch(
+                    now,
+                    done.copy(),
+                    ops.device,
+                    lengths.padding if last else 0,
+                    slots,
+                    token_table,
+                    window_table,
+                    block_tokens,
+                ),
+                RATIOS,
+                ropes,
+            )
+        )
+        if last:
+            return batches
+        done += now
+
+
+def shuffled(generator: torch.Generator, rows: int, columns: int) -> Array:
+    """[rows, columns] distinct ids, three of them unused."""
+    return torch.randperm(rows * columns + 3, generator=generator)[: rows * columns].view(rows, columns).numpy()
+
+
+def pool_for(ops: Resolved, layout: RowLayout, batch: Batch) -> KV | None:
+    """A poisoned pool that holds every block of the batch's tables; None for a packed batch."""
+    from dsv4_hal.ops.cache import KV
+
+    table = batch.window_table if layout.ratio == 1 else batch.token_table
+    if table is None:
+        return None
+    rows = batch.window_block if layout.ratio == 1 else batch.block_tokens // layout.ratio
+    return KV(new_pool(layout, table.size + 3, rows, ops.device).fill_(POISON), layout, rows)
+
+
+def count_rows(batch: Batch, ratio: int) -> int:
+    """Rows that `kv_store` takes."""
+    return batch.tokens if ratio == 1 else batch.require_plan().entries[ratio].count
+
+
+def token_rows(ops: Resolved, generator: torch.Generator, batch: Batch, *shape: int, scale: float = 1.0) -> Tensor:
+    """Normal values for every token; NaN for padding tokens, which no sequence may notice."""
+    values = torch.randn(batch.tokens, *shape, generator=generator) * scale
+    values[batch.seq_host < 0] = NAN
+    return place(ops, values)
+
+
+def filled(ops: Resolved, generator: torch.Generator, layout: RowLayout, batches: list[Batch]) -> KV:
+    """Random rows stored by every step in turn."""
+    kv = pool_for(ops, layout, batches[0])
+    for batch in batches:
+        if layout.ratio == 1:
+            rows = token_rows(ops, generator, batch, layout.dim)
+        else:
+            rows = normal(ops, generator, count_rows(batch, layout.ratio), layout.dim)
+        kv = ops.kv_store(rows, layout, batch, kv)
+    assert kv is not None
+    return kv
+
+
+def held(ops: Resolved, name: str, kv: KV, batch: Batch) -> Results:
+    """All rows of every sequence that can be loaded."""
+    lengths = batch.lengths // kv.layout.ratio
+    lost = np.zeros_like(lengths)  # rows that a window ring no longer holds
+    if kv.layout.ratio == 1 and batch.window_table is not None:
+        lost = np.maximum(lengths - batch.window_table.shape[1] * batch.window_block, 0)
+    return {
+        f"{name}_{sequence}": ops.kv_load(kv, batch, sequence, int(first), int(length))
+        for sequence, (first, length) in enumerate(zip(lost, lengths, strict=True))
+    }
+
+
+def device_generator(ops: Resolved, generator: torch.Generator) -> torch.Generator | None:
+    """A generator on the op's device, seeded from the case's; None for a device that has none."""
+    seed = int(torch.randint(1 << 31, (), generator=generator))
+    return None if ops.device.type == "meta" else torch.Generator(ops.device).manual_seed(seed)

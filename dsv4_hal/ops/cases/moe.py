@@ -1,0 +1,144 @@
+"""Cases of the mixture of experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dsv4_hal.ops.cases.inputs import TOKENS, Results, case, ids, nans, normal, place, weight, whole, yes
+
+if TYPE_CHECKING:
+    from dsv4_hal.dispatch import Resolved
+    from dsv4_hal.ops.spec import Cases
+
+
+def route() -> Cases:
+    for bias in (False, True):
+        for tokens in (*TOKENS, 70):
+            yield case("route", _route, tokens=tokens, experts=32, k=6, bias=bias)
+    yield case("route", _route, tokens=5, experts=32, k=6, bias=False, spread=40.0)  # softplus beyond its threshold
+    yield case("route", _route, tokens=5, experts=8, k=8, bias=True)
+    yield case("route", _route, tokens=5, experts=8, k=1, bias=True)
+    yield case("route", _route_given, tokens=5, experts=32, k=6)
+    yield case("route", _route_ties, tokens=20, experts=32, k=6, bias=False)
+    yield case("route", _route_ties, tokens=20, experts=32, k=6, bias=True)
+
+
+def _logits(ops: Resolved, generator: torch.Generator, tokens: int, experts: int, spread: float = 3.0) -> Tensor:
+    return normal(ops, generator, tokens, experts, dtype=ops.numerics.accumulate, scale=spread)
+
+
+def _route(
+    ops: Resolved, generator: torch.Generator, tokens: int, experts: int, k: int, bias: bool, spread: float = 3.0
+) -> Results:
+    logits = _logits(ops, generator, tokens, experts, spread)
+    added = None
+    if bias:  # large enough to change most picks; a weight that contains it is far off
+        added = normal(ops, generator, experts, dtype=torch.float32, scale=4.0)
+    picks, weights = ops.route(logits, k, 1.5, added)
+    score = torch.logaddexp(logits, torch.zeros_like(logits)).sqrt()
+    return {"picks": picks, "weights": weights, "candidates": score if added is None else score + added}
+
+
+def _route_given(ops: Resolved, generator: torch.Generator, tokens: int, experts: int, k: int) -> Results:
+    """Picks from outside (hash routing, replay) are taken as they are, in their order."""
+    given = ids(ops, generator, tokens, k, experts)
+    order, weights = ops.route(_logits(ops, generator, tokens, experts), k, 2.5, picks=given)
+    return {"order": order, "weights": weights}
+
+
+def _route_ties(ops: Resolved, generator: torch.Generator, tokens: int, experts: int, k: int, bias: bool) -> Results:
+    """Logits are few whole numbers: among equals the lower id comes first."""
+    logits = whole(ops, generator, 0, 2, tokens, experts, dtype=ops.numerics.accumulate)
+    added = whole(ops, generator, 0, 1, experts, dtype=torch.float32) if bias else None
+    order, weights = ops.route(logits, k, 1.0, added)
+    return {"order": order, "weights": weights}
+
+
+def permute() -> Cases:
+    for tokens in TOKENS:
+        yield case("permute", _permute, tokens=tokens, experts=16, k=6)
+    yield case("permute", _permute, tokens=70, experts=3, k=2)
+    yield case("permute", _permute, tokens=9, experts=40, k=1)  # most experts get nothing
+
+
+def _permute(ops: Resolved, generator: torch.Generator, tokens: int, experts: int, k: int) -> Results:
+    x = normal(ops, generator, tokens, 32)
+    rows, offsets, order = ops.permute(x, ids(ops, generator, tokens, k, experts), experts)
+    return {"rows": rows, "offsets": offsets, "order": order}
+
+
+def unpermute() -> Cases:
+    for tokens in TOKENS:
+        yield case("unpermute", _unpermute, tokens=tokens, k=6)
+    yield case("unpermute", _unpermute, tokens=40, k=1)
+
+
+def _unpermute(ops: Resolved, generator: torch.Generator, tokens: int, k: int) -> Results:
+    order = torch.randperm(tokens * k, generator=generator).to(ops.device)
+    return {"y": ops.unpermute(normal(ops, generator, tokens * k, 32), order, (tokens, k))}
+
+
+def swiglu() -> Cases:
+    for tokens in TOKENS:
+        for limit in (None, 10.0):
+            yield case("swiglu", _swiglu, tokens=tokens, width=96, limit=limit, weighted=True)
+    yield case("swiglu", _swiglu, tokens=5, width=96, limit=10.0, weighted=False)
+    yield case("swiglu", _swiglu, tokens=5, width=96, limit=0.5, weighted=False)
+    for how in ("out", "strided"):
+        yield case("swiglu", _swiglu, tokens=5, width=96, limit=10.0, weighted=True, how=how)
+
+
+def _swiglu(
+    ops: Resolved,
+    generator: torch.Generator,
+    tokens: int,
+    width: int,
+    limit: float | None,
+    weighted: bool,
+    how: str = "",
+) -> Results:
+    row_weight = place(ops, torch.rand(tokens, generator=generator), ops.numerics.accumulate) if weighted else None
+    # Far beyond the limit on both sides: gate below -limit must pass, up must not.
+    if how == "strided":
+        return {"y": ops.swiglu(normal(ops, generator, 2 * width, tokens, scale=12.0).T, limit, row_weight)}
+    gate_up = normal(ops, generator, tokens, 2 * width, scale=12.0)
+    if how == "out":
+        out = nans(ops, tokens, width)
+        y = ops.swiglu(gate_up, limit, row_weight, out=out)
+        return {"y": y, "written": out, "same": yes(ops, y is out)}
+    return {"y": ops.swiglu(gate_up, limit, row_weight)}
+
+
+def moe_experts() -> Cases:
+    for format in ("bf16", "e4m3_128x128", "mxfp4"):
+        for tokens in TOKENS:
+            yield case("moe_experts", _moe_experts, format=format, tokens=tokens, experts=12, k=3)
+
+
+def _moe_experts(
+    ops: Resolved, generator: torch.Generator, format: str, tokens: int, experts: int, k: int
+) -> Results:
+    inner, width = 128, 256
+    x = normal(ops, generator, tokens, width)
+    chosen = ids(ops, generator, tokens, k, experts)
+    weights = place(ops, torch.rand(tokens, k, generator=generator), ops.numerics.accumulate)
+    w13 = weight(ops, generator, format, experts, 2 * inner, width)
+    w2 = weight(ops, generator, format, experts, width, inner)
+    return {"y": ops.moe_experts(x, chosen, weights, w13, w2, 2.0)}
+
+
+def mlp() -> Cases:
+    for format in ("bf16", "e4m3_128x128", "mxfp4"):
+        for tokens in TOKENS:
+            yield case("mlp", _mlp, format=format, tokens=tokens, limit=2.0)
+    yield case("mlp", _mlp, format="bf16", tokens=5, limit=None)
+
+
+def _mlp(ops: Resolved, generator: torch.Generator, format: str, tokens: int, limit: float | None) -> Results:
+    inner, width = 128, 256
+    w13 = weight(ops, generator, format, 2 * inner, width)
+    w2 = weight(ops, generator, format, width, inner)
+    return {"y": ops.mlp(normal(ops, generator, tokens, width), w13, w2, limit)}

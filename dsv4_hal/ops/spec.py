@@ -1,0 +1,105 @@
+"""How an op is declared.
+
+An op is a method of one of the family classes in this package: a signature, a docstring, and
+- for a primitive, a body that is its preconditions: it raises ContractError or falls through; a backend supplies the
+  arithmetic, and the reference backend's arithmetic is the op's meaning;
+- for a composite, a body that is its definition in terms of other ops; a backend may override it with a fused kernel,
+  which must equal it, and then answers for the preconditions itself.
+The decorator adds how results are compared, how far they may differ and why, and the cases to try.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dsv4_hal.dispatch import Resolved
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class ContractError(ValueError):
+    """A precondition of an op does not hold. The message names the op and what is wrong."""
+
+
+class Compare(Enum):
+    """How two results of an op are compared, after dtype, shape and device."""
+
+    BITWISE = "bitwise"  # every bit equal
+    NMSE = "nmse"  # mean square error over mean square, and largest error over largest value
+    SELECTION = "selection"  # picks: valid, distinct, visible; sets equal up to a margin of scores
+    STATISTICAL = "statistical"  # a distribution, by many draws
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a backend may be from the reference.
+
+    factor  budget = factor x the reference's own error in the profile's dtypes against the same profile with float64
+            between its rounding points; unused for BITWISE
+    why     one sentence: what may legitimately differ
+    """
+
+    compare: Compare
+    factor: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call to try. `id` can be pasted on a command line and seeds the generator; `run` makes its inputs from the
+    generator (on the CPU), calls the op, and returns every result by name, mutated state included."""
+
+    id: str
+    run: Callable[[Resolved, torch.Generator], dict[str, Tensor]]
+
+
+Cases = Iterable[Case]
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    name: str
+    family: str
+    composite: bool
+    tolerance: Tolerance
+    cases: Callable[[], Cases]
+    definition: Callable[..., Any]
+
+    @property
+    def doc(self) -> str:
+        return inspect.getdoc(self.definition) or ""
+
+
+_REGISTRY: dict[str, OpSpec] = {}
+OPS: Mapping[str, OpSpec] = MappingProxyType(_REGISTRY)
+
+
+def _declare(tolerance: Tolerance, cases: Callable[[], Cases], composite: bool) -> Callable[[F], F]:
+    def register(definition: F) -> F:
+        name = definition.__name__
+        if name in _REGISTRY:
+            raise ValueError(f"op {name} is declared twice")
+        family = definition.__module__.rsplit(".", 1)[-1]
+        _REGISTRY[name] = OpSpec(name, family, composite, tolerance, cases, definition)
+        return definition
+
+    return register
+
+
+def primitive(tolerance: Tolerance, cases: Callable[[], Cases]) -> Callable[[F], F]:
+    """Declare an op whose body is its preconditions."""
+    return _declare(tolerance, cases, composite=False)
+
+
+def composite(tolerance: Tolerance, cases: Callable[[], Cases]) -> Callable[[F], F]:
+    """Declare an op whose body is its definition in other ops."""
+    return _declare(tolerance, cases, composite=True)

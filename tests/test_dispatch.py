@@ -1,0 +1,202 @@
+"""Choosing one implementation per op, and saying why."""
+
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4_hal import dispatch
+from dsv4_hal.backend import Backend, Facts, Origin, Verdict
+from dsv4_hal.backends.null import Null
+from dsv4_hal.backends.reference import Reference
+from dsv4_hal.dispatch import BackendError, backend_class, list_backends, resolve
+from dsv4_hal.numerics import exact
+from dsv4_hal.ops import OPS, ContractError
+
+PRIMITIVES = [name for name, spec in OPS.items() if not spec.composite]
+COMPOSITES = [name for name, spec in OPS.items() if spec.composite]
+
+
+class Vendor(Reference):
+    """A new accelerator: works at once through the reference, overrides one primitive and one composite."""
+
+    name = "vendor"
+
+    def hadamard(self, x: Tensor) -> Tensor:
+        return x + 1000
+
+    def mlp(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(7)
+
+
+class Half(Backend):
+    """Only norms; and these only for narrow models."""
+
+    name = "half"
+
+    def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float, *, out: Tensor | None = None) -> Tensor:
+        return x * 0
+
+    def supports(self, op: str, facts: Facts) -> Verdict:
+        wide = facts.get("width", 0) > 100
+        return Verdict(not wide, "too wide" if wide else "fits")
+
+
+REFERENCE, VENDOR, HALF = Reference(exact()), Vendor(exact()), Half(exact())
+
+
+def test_origins() -> None:
+    assert Reference.origin("linear") == Origin("native", "reference")
+    assert Reference.origin("mlp") == Origin("composite")
+    assert Vendor.origin("hadamard") == Origin("native", "vendor")
+    assert Vendor.origin("mlp") == Origin("native", "vendor")
+    assert Vendor.origin("linear") == Origin("inherited", "reference")
+    assert Vendor.origin("moe_experts") == Origin("composite")
+    assert Half.origin("linear") == Origin("missing")
+    assert Half.origin("rms_norm") == Origin("native", "half")
+
+
+@pytest.mark.parametrize("backend", [Reference, Null])
+def test_complete_backends_miss_nothing(backend: type[Backend]) -> None:
+    assert {backend.origin(op).kind for op in PRIMITIVES} == {"native"}
+    assert {backend.origin(op).kind for op in COMPOSITES} == {"composite"}
+
+
+def test_resolution_of_every_op_is_told() -> None:
+    ops = resolve([VENDOR])
+    kinds = {r.op: (r.kind, r.backend) for r in ops.resolutions}
+    assert list(kinds) == list(OPS)
+    assert kinds["hadamard"] == ("native", "vendor")
+    assert kinds["linear"] == ("inherited", "reference")
+    assert kinds["q_norm_rope"] == ("composite", "")
+
+
+def test_what_was_chosen_runs() -> None:
+    x = torch.ones(1, 2)
+    assert resolve([REFERENCE]).hadamard(x).max() < 2
+    assert resolve([VENDOR]).hadamard(x).max() > 900
+    assert resolve([VENDOR]).mlp().shape == (7,)
+    assert resolve([HALF, REFERENCE]).rms_norm(x, None, 1e-6).abs().max() == 0
+    assert resolve([HALF, REFERENCE]).hadamard(x).max() < 2
+
+
+def test_composites_run_on_what_their_parts_were_resolved_to() -> None:
+    cos_sin = torch.ones(1, 1), torch.zeros(1, 1)
+    q = torch.ones(1, 1, 2)
+    assert resolve([REFERENCE]).q_norm_rope(q, 1e-6, cos_sin).abs().max() > 0
+    assert resolve([HALF, REFERENCE]).q_norm_rope(q, 1e-6, cos_sin).abs().max() == 0
+
+
+def test_the_first_backend_gives_profile_and_layouts() -> None:
+    ops = resolve([VENDOR, REFERENCE])
+    assert ops.numerics is VENDOR.numerics and ops.device == VENDOR.device
+    assert ops.row_layout("window", 96, 32, 1, 8) == VENDOR.row_layout("window", 96, 32, 1, 8)
+
+
+def test_preconditions_are_checked_for_every_primitive() -> None:
+    with pytest.raises(ContractError, match=r"^hadamard: "):
+        resolve([VENDOR]).hadamard(torch.ones(1, 3))
+
+
+def test_refusal_is_told_with_its_reason() -> None:
+    def kept(facts: Facts) -> dispatch.Resolution:
+        return next(r for r in resolve([HALF, REFERENCE], facts).resolutions if r.op == "rms_norm")
+
+    assert (kept({}).backend, kept({}).rejected) == ("half", ())
+    refused = kept({"width": 512})
+    assert (refused.backend, refused.rejected) == ("reference", (("half", "too wide"),))
+
+
+def test_a_refused_composite_falls_back_on_its_definition() -> None:
+    class Picky(Vendor):
+        name = "picky"
+
+        def supports(self, op: str, facts: Facts) -> Verdict:
+            return Verdict(op != "mlp", "no mlp today")
+
+        def mlp(self, *args: Any, **kwargs: Any) -> Tensor:
+            raise AssertionError("refused, but called")
+
+    resolution = next(r for r in resolve([Picky(exact())]).resolutions if r.op == "mlp")
+    assert (resolution.kind, resolution.rejected) == ("composite", (("picky", "no mlp today"),))
+
+
+def test_a_missing_primitive_is_an_error() -> None:
+    with pytest.raises(BackendError, match=r"no backend can run .*half: not implemented"):
+        resolve([HALF])
+
+
+def test_preference() -> None:
+    ops = resolve([VENDOR, REFERENCE], prefer={"hadamard": ["reference", "vendor"]})
+    assert ops.hadamard(torch.ones(1, 2)).max() < 2
+    assert {r.op: r.backend for r in ops.resolutions}["linear"] == "reference"
+    with pytest.raises(BackendError, match="no backend can run hadamard: half: not implemented"):
+        resolve([REFERENCE, HALF], prefer={"hadamard": ["half"]})
+
+
+@pytest.mark.parametrize("prefer", [{"hadamar": ["reference"]}, {"hadamard": ["vndor"]}])
+def test_preference_for_something_unknown(prefer: dict[str, list[str]]) -> None:
+    with pytest.raises(BackendError, match=r"hadamar|vndor"):
+        resolve([REFERENCE], prefer=prefer)
+
+
+def test_strict() -> None:
+    resolve([REFERENCE], strict=True)
+    with pytest.raises(BackendError, match=r"strict: .* would run on reference, not on vendor"):
+        resolve([VENDOR], strict=True)
+    with pytest.raises(BackendError, match=r"strict: .*half: not implemented"):
+        resolve([HALF, REFERENCE], strict=True)
+
+
+def entries(**targets: str) -> Any:
+    return lambda group: [EntryPoint(name, value, group) for name, value in targets.items()]
+
+
+def test_registered_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pyproject.toml registers, whether or not this tree is installed."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    monkeypatch.setattr(dispatch, "entry_points", entries(**project["entry-points"][dispatch.GROUP]))
+    found = {info.name: info for info in list_backends()}
+    assert found["reference"].available and found["null"].available
+    assert backend_class("reference") is Reference and backend_class("null") is Null
+
+
+def test_a_broken_backend_is_listed_with_what_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        dispatch,
+        "entry_points",
+        entries(
+            good="dsv4_hal.backends.reference:Reference",
+            gone="dsv4_hal_vendor_that_is_not_there:Backend",
+            nameless="dsv4_hal.backends.reference:Nothing",
+            wrong="dsv4_hal.numerics:Numerics",
+        ),
+    )
+    found = {info.name: info for info in list_backends()}
+    assert [i for i in found if found[i].available] == ["good"]
+    assert "ModuleNotFoundError" in found["gone"].reason and "dsv4_hal_vendor" in found["gone"].reason
+    assert "AttributeError" in found["nameless"].reason
+    assert "not a subclass" in found["wrong"].reason
+    with pytest.raises(BackendError, match="gone does not load"):
+        backend_class("gone")
+    with pytest.raises(BackendError, match="no backend is called 'cuda'; registered: gone, good, nameless, wrong"):
+        backend_class("cuda")
+
+
+def test_an_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Absent(Reference):
+        name = "absent"
+
+        @classmethod
+        def available(cls) -> Verdict:
+            return Verdict(False, "no such card")
+
+    monkeypatch.setattr(EntryPoint, "load", lambda self: Absent)
+    monkeypatch.setattr(dispatch, "entry_points", entries(absent="any:thing"))
+    assert list_backends() == [dispatch.BackendInfo("absent", False, "no such card")]
+    with pytest.raises(RuntimeError, match="absent is not available: no such card"):
+        Absent(exact())
