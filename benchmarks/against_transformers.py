@@ -3,7 +3,7 @@
     python benchmarks/against_transformers.py [--pairs 9] [--model v4-cmp]
 
 Prints, for prefill (512 tokens, logits of the last) and decode (64 tokens), the median of the paired ratios
-dsv4-hal / transformers in tokens per second; above 1 dsv4-hal is faster. Ratios, since speeds on a shared machine swing.
+dsv4-hal / transformers in tokens per second; above 1 dsv4-hal is faster. Ratios, since a shared machine's speed swings.
 """
 
 from __future__ import annotations

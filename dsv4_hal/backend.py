@@ -58,7 +58,11 @@ class Backend(Ops):
         if not verdict:
             raise RuntimeError(f"backend {self.name} is not available: {verdict.reason}")
         self.numerics = numerics
-        self.device = torch.device(device or self.device_type)
+        try:
+            self.device = torch.device(device or self.device_type)
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"backend {self.name}: device {device!r} cannot be used: {error}") from error
 
     @classmethod
     def available(cls) -> Verdict:
@@ -66,7 +70,7 @@ class Backend(Ops):
         return Verdict(True, "always available")
 
     def supports(self, op: str, facts: Facts) -> Verdict:
-        """Whether `op` can serve a model with these facts. Asked once, at load; cheap, deterministic, no device work."""
+        """Whether `op` can serve a model with these facts. Asked once, at load; cheap and deterministic."""
         return Verdict(True, "no restriction")
 
     @classmethod

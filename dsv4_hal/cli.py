@@ -1,6 +1,6 @@
 """The command line: `dsv4-hal VERB`. Each verb is a typed function; the work is done elsewhere.
 
-Exit codes: 0 done, 2 usage or bad input, 3 backend unavailable.
+Exit codes: 0 done, 2 usage or bad input, 3 backend unavailable, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def generate(
         notes.print("[yellow]The weights are random: expect noise, not language.[/]")
     tokens = encode(tokenizer, text, model.cfg.bos_token_id)
     stream = TextStream(tokenizer)
-    made, start, first = 0, time.perf_counter(), 0.0
+    made, first, interrupted, start = 0, 0.0, False, time.perf_counter()
     try:
         for token in new_tokens(
             model,
@@ -102,10 +102,13 @@ def generate(
             sys.stdout.write(stream.push(token))
             sys.stdout.flush()
     except KeyboardInterrupt:
+        interrupted = True
         notes.print("\n[yellow]interrupted[/]")
     end = time.perf_counter()
     sys.stdout.write(stream.rest() + "\n")
     notes.print(_speed(len(tokens), made, (first or end) - start, end - (first or end), backend, mode))
+    if interrupted:
+        raise typer.Exit(130)
 
 
 def _speed(prompt: int, made: int, before: float, after: float, backend: str, mode: str) -> str:

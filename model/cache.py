@@ -1,8 +1,8 @@
 """The cache of a batch of sequences: window rows, compressed rows, indexer keys and compressor state of every layer.
 
-Each sequence owns blocks of every pool for its whole life. The window pool is a ring; compressed pools are addressed by
-entry number; the compressor state is a ring of the last tokens. A sequence may be cut back by at most `rollback` tokens,
-since rings forget what they overwrite.
+Each sequence owns blocks of every pool for its whole life. The window pool is a ring; compressed pools are addressed
+by entry number; the compressor state is a ring of the last tokens. A sequence may be cut back by at most `rollback`
+tokens, since rings forget what they overwrite.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LayerCache:
 
 
 def overlaps(ratio: int) -> bool:
-    """Blocks of ratio 4 overlap and are picked by an indexer (CSA); others stand side by side and are all seen (HCA)."""
+    """Blocks of ratio 4 overlap and are picked by an indexer (CSA); others do not, and are all seen (HCA)."""
     return ratio == 4
 
 
@@ -126,7 +126,8 @@ class Cache:
             length = int(self._lengths[sequence])
             if count > self.max_chunk:
                 raise ValueError(
-                    f"sequence {sequence}: {count} tokens in one step, the cache was made for max_chunk={self.max_chunk}"
+                    f"sequence {sequence}: {count} tokens in one step, "
+                    f"the cache was made for max_chunk={self.max_chunk}"
                 )
             if length + count > self.max_seq_len:
                 raise ValueError(

@@ -19,7 +19,7 @@ def rope_name(ratio: int) -> str:
 
 
 def inverse_frequencies(cfg: ModelConfig) -> dict[str, Tensor]:
-    """Name -> [qk_rope_head_dim / 2] float32. Source: DeepSeek-V4 configuration; YaRN (arXiv 2309.00071), section 3.2."""
+    """Name -> [qk_rope_head_dim / 2] float32. Source: the published configuration; YaRN (arXiv 2309.00071)."""
     n = cfg.qk_rope_head_dim
     exponent = torch.arange(0, n, 2, dtype=torch.float32) / n
     short, long = cfg.rope_theta**-exponent, cfg.compress_rope_theta**-exponent

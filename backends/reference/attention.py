@@ -194,9 +194,10 @@ def entry_rows(part: Part, kv: KV, batch: Batch, picks: Tensor | None, gather: b
     count = (part.longest + 1) // ratio
     index, seen = visible_entries(part, ratio, count)
     if picks is not None:
-        chosen = part.take(picks)
+        chosen = part.take(picks)  # of any token where there is none: it may name more than this tile sees
+        chosen = chosen.masked_fill((chosen < 0) | (chosen > count), count)
         member = torch.zeros(*chosen.shape[:2], count + 1, dtype=torch.bool, device=index.device)
-        seen = seen & member.scatter_(2, chosen.masked_fill(chosen < 0, count), True)[..., :count]
+        seen = seen & member.scatter_(2, chosen, True)[..., :count]
     return physical_rows(kv, batch, part.seq, index), seen
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,7 +37,7 @@ class Gemm(ops.Gemm):
         x, bounds = self._input(rows, w), offsets.tolist()
         parts = [
             F.linear(x[start:stop], formats.dequantize(w[expert], self.numerics.accumulate))
-            for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+            for expert, (start, stop) in enumerate(pairwise(bounds))
             if stop > start
         ]
         y = torch.cat(parts) if parts else x.new_zeros(0, w.shape[1])
@@ -45,7 +47,7 @@ class Gemm(ops.Gemm):
         wide = self.numerics.accumulate
         rounded = formats.dequantize(w, self.numerics.storage).to(wide)
         y = torch.bmm(x.to(wide).transpose(0, 1), rounded.transpose(1, 2)).transpose(0, 1)
-        return emit(y.to(self.numerics.storage).contiguous(), out)
+        return emit(y.to(self.numerics.storage), out)
 
     def embedding(self, ids: Tensor, w: Weight) -> Tensor:
         return F.embedding(ids, w.data).to(self.numerics.storage)
@@ -59,5 +61,5 @@ class Gemm(ops.Gemm):
 
 
 def emit(y: Tensor, out: Tensor | None) -> Tensor:
-    """Honour `out=`."""
-    return y if out is None else out.copy_(y)
+    """Honour `out=`; a result of one's own is contiguous."""
+    return y.contiguous() if out is None else out.copy_(y)

@@ -17,7 +17,7 @@ class Moe(ops.Moe):
         score = F.softplus(logits, threshold=20).sqrt()
         if picks is None:
             choice = score if bias is None else score + bias.to(score.dtype)
-            picks = choice.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+            picks = choice.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
         chosen = score.gather(-1, picks)
         return picks, chosen / chosen.sum(-1, keepdim=True) * scale
 

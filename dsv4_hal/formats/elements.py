@@ -97,10 +97,12 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def power_of_two_ceil(x: Tensor) -> Tensor:
-    """2^ceil(log2 x) of positive x, exactly, subnormals included; same dtype. NaN for what is not positive and finite,
-    infinity where the power exceeds the dtype."""
+    """2^ceil(log2 x) of x > 0, exactly, subnormals included; same dtype.
+
+    Infinity where the power exceeds the dtype; NaN for zero, infinity and NaN; negative x is not looked for.
+    """
     mantissa, _ = torch.frexp(x)  # x = mantissa * 2^e with mantissa in [0.5, 1): the quotient is 2^e without error
-    return torch.where(mantissa == 0.5, x, x / mantissa).masked_fill(x < 0, float("nan"))
+    return torch.where(mantissa == 0.5, x, x / mantissa)
 
 
 Decode = Callable[[Tensor, torch.dtype], Tensor]

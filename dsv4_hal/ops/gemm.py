@@ -28,7 +28,7 @@ class Gemm(Family):
 
     @primitive(_BITS, cases.dequantize)
     def dequantize(self, w: QTensor, dtype: torch.dtype) -> Tensor:
-        """Values of w, code x scale, computed in float32 (float64 if dtype is) and rounded once to `dtype`."""
+        """Values of w [..., K], code x scale, computed in float32 (float64 if dtype is) and rounded once to `dtype`."""
         if not dtype.is_floating_point:
             raise ContractError(f"dequantize: dtype must be floating, got {dtype}")
 
@@ -72,19 +72,21 @@ class Gemm(Family):
             raise ContractError(f"grouped_linear: rows {tuple(rows.shape)} do not fit {w.name or 'w'} {w.shape}")
         if offsets.shape != (w.data.shape[0] + 1,) or offsets.dtype != torch.int64:
             raise ContractError(
-                f"grouped_linear: offsets must be int64 [{w.data.shape[0] + 1}], got {offsets.dtype} {tuple(offsets.shape)}"
+                f"grouped_linear: offsets must be int64 [{w.data.shape[0] + 1}], "
+                f"got {offsets.dtype} {tuple(offsets.shape)}"
             )
 
     @primitive(_GEMM, cases.block_diagonal_linear)
     def block_diagonal_linear(self, x: Tensor, w: Weight, *, out: Tensor | None = None) -> Tensor:
         """Group g of x times its own matrix: x [T, G, K], w [G, N, K] -> [T, G, N] in numerics.storage.
 
-        x is never quantised here. A quantised w is dequantised and rounded once to numerics.storage first: the published
-        code converts this weight (wo_a) when it loads. Sums in numerics.accumulate.
+        x is never quantised here. A quantised w is dequantised and rounded once to numerics.storage first: the
+        published code converts this weight (wo_a) when it loads. Sums in numerics.accumulate.
         """
         if w.data.dim() != 3 or x.dim() != 3 or x.shape[1] != w.data.shape[0] or x.shape[-1] != w.shape[-1]:
             raise ContractError(
-                f"block_diagonal_linear: x {tuple(x.shape)} does not fit {w.name or 'w'} {w.shape}: need x [T, G, K], w [G, N, K]"
+                f"block_diagonal_linear: x {tuple(x.shape)} does not fit {w.name or 'w'} {w.shape}: "
+                "need x [T, G, K], w [G, N, K]"
             )
 
     @primitive(_BITS, cases.embedding)

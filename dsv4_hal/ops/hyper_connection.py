@@ -33,7 +33,8 @@ class HyperConnection(NormRope):
         rows = 2 * n + n * n
         if n == 0 or fn.shape != (rows, n * streams.shape[2]) or base.shape != (rows,) or scale.shape != (3,):
             raise ContractError(
-                f"hc_pre: streams {tuple(streams.shape)}, fn {tuple(fn.shape)}, base {tuple(base.shape)}, scale {tuple(scale.shape)}"
+                f"hc_pre: streams {tuple(streams.shape)}, fn {tuple(fn.shape)}, base {tuple(base.shape)}, "
+                f"scale {tuple(scale.shape)}"
             )
         if iters < 1:
             raise ContractError(f"hc_pre: {iters} Sinkhorn iterations, need at least 1")
@@ -60,7 +61,8 @@ class HyperConnection(NormRope):
         n = streams.shape[1] if streams.dim() == 3 else 0
         if n == 0 or fn.shape != (n, n * streams.shape[2]) or base.shape != (n,) or scale.shape != (1,):
             raise ContractError(
-                f"hc_head: streams {tuple(streams.shape)}, fn {tuple(fn.shape)}, base {tuple(base.shape)}, scale {tuple(scale.shape)}"
+                f"hc_head: streams {tuple(streams.shape)}, fn {tuple(fn.shape)}, base {tuple(base.shape)}, "
+                f"scale {tuple(scale.shape)}"
             )
 
     @composite(_MIX, cases.hc_pre_norm)

@@ -63,7 +63,7 @@ class Moe(Gemm):
     ) -> Tensor:
         """silu(gate) * up * row_weight: gate_up [M, 2 * I], gate in the first half -> [M, I] in numerics.storage.
 
-        limit       gate is clamped from above to limit, up to -limit .. limit, both before anything else; None: no clamp
+        limit       gate is clamped from above to limit, up to -limit .. limit, before anything else; None: no clamp
         row_weight  [M] routing weight, multiplied in front of the rounding
         In numerics.accumulate, rounded once. Source: DeepSeek-V4 report, section 4.2.3; published inference code.
         """

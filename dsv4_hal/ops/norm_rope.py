@@ -38,7 +38,8 @@ class NormRope(Family):
         cos, sin = cos_sin
         if cos.shape != sin.shape or cos.dim() != 2 or cos.shape[0] != x.shape[0]:
             raise ContractError(
-                f"rope: tables {tuple(cos.shape)}, {tuple(sin.shape)} do not fit x {tuple(x.shape)}: need [{x.shape[0]}, R / 2]"
+                f"rope: tables {tuple(cos.shape)}, {tuple(sin.shape)} do not fit x {tuple(x.shape)}: "
+                f"need [{x.shape[0]}, R / 2]"
             )
         if 2 * cos.shape[1] > x.shape[-1]:
             raise ContractError(f"rope: {2 * cos.shape[1]} rotary channels do not fit {x.shape[-1]}")

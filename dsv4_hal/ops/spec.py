@@ -5,6 +5,7 @@ An op is a method of one of the family classes in this package: a signature, a d
   arithmetic, and the reference backend's arithmetic is the op's meaning;
 - for a composite, a body that is its definition in terms of other ops; a backend may override it with a fused kernel,
   which must equal it, and then answers for the preconditions itself.
+Results are contiguous, unless the caller's own `out` is not.
 The decorator adds how results are compared, how far they may differ and why, and the cases to try.
 """
 

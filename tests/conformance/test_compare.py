@@ -59,9 +59,8 @@ def test_structure_comes_first(what: str) -> None:
     assert all(r.message for r in results)
 
 
-def test_a_result_may_be_strided_where_the_reference_is() -> None:
-    assert bitwise(X, turned(X)).ok and bitwise(turned(X), turned(X)).ok
-    assert nmse(X, turned(X), Budget(0, 0)).ok
+def test_strides_of_what_is_expected_do_not_matter() -> None:
+    assert bitwise(X, turned(X)).ok and nmse(X, turned(X), Budget(0, 0)).ok
 
 
 def test_device() -> None:
@@ -175,7 +174,6 @@ def test_selection_at_the_edge() -> None:
     ("got", "message"),
     [
         (changed(0, 1, 2, 3, 4), "a better one is missing"),  # off by one
-        (changed(0, 0, 1, 2, 4), "a better one is missing"),
         (changed(0, 0, 1, 2, 4), "worse than the last pick"),
         (changed(0, 0, 1, 2, 2), "picked twice"),
         (changed(0, 0, 0, 0, 0), "picked twice"),
@@ -301,6 +299,8 @@ def spoil(value: Tensor) -> Tensor:
         return ~value
     if not value.is_floating_point():
         return value + 1
+    if value.itemsize == 1:
+        return (value.view(torch.uint8) ^ 1).view(value.dtype)
     if not value.isfinite().any():
         return torch.zeros_like(value)
     return torch.where(value == 0, 0.1, value * 1.5)

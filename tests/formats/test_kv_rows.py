@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 
@@ -64,7 +65,7 @@ def e4m3_bytes(values: list[float]) -> bytes:
         (word,) = struct.unpack("<I", struct.pack("<f", abs(v)))
         exponent, mantissa = (word >> 23) - 127, word >> 20 & 7
         code = 0 if v == 0 else (exponent + 7) << 3 | mantissa
-        out.append(code | (0x80 if v < 0 else 0))
+        out.append(code | (0x80 if math.copysign(1, v) < 0 else 0))
     return bytes(out)
 
 

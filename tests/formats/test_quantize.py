@@ -83,7 +83,7 @@ def stored_codes(q: QTensor) -> np.ndarray:
     """The stored bytes as values, decoded here."""
     data = q.data.contiguous().view(torch.uint8).numpy().astype(np.int64)
     if q.format.pack == 2:
-        data = np.stack([data & 15, data >> 4], -1).reshape(*data.shape[:-1], -1)
+        data = np.stack([data & 15, data >> 4], -1).reshape(q.shape)
     if q.format.element == "int8":
         return np.where(data < 128, data, data - 256).astype(np.float64)
     if q.format.element == "int4":
@@ -134,7 +134,7 @@ def test_against_the_oracle(name: str, shape: tuple[int, int], dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_simulate_is_dequantize_of_quantize(name: str, dtype: torch.dtype) -> None:
     fmt = FORMATS[name]
-    for shape in [(5, 128), (2, 3, 130, 136), (3, 0, 64)]:
+    for shape in [(5, 128), (2, 2, 130, 136), (3, 0, 64)]:
         x = sample(shape, fmt, 7, dtype)
         q = quantize(x, fmt)
         out = simulate(x, fmt)
@@ -178,9 +178,9 @@ def test_random_shapes(name: str, shape: tuple[int, int], seed: int, exponent: i
 def test_stacks_are_quantised_matrix_by_matrix() -> None:
     for name in SCALED:
         fmt = FORMATS[name]
-        x = sample((2, 3, 130, 160), fmt, 1)
+        x = sample((2, 2, 130, 160), fmt, 1)
         q = quantize(x, fmt)
-        for e, f in itertools.product(range(2), range(3)):
+        for e, f in itertools.product(range(2), range(2)):
             one = quantize(x[e, f], fmt)
             assert q.scale is not None and one.scale is not None
             assert torch.equal(q.data[e, f].view(torch.uint8), one.data.view(torch.uint8))
@@ -216,7 +216,7 @@ def test_zero_blocks(name: str) -> None:
 
 
 def test_scales_that_are_known() -> None:
-    """448 fills e4m3 with a scale of one, the next bf16 value needs two; the floors are those of the official kernels."""
+    """448 fills e4m3 with a scale of one, the next bf16 value needs two; floors as in the official kernels."""
     x = torch.tensor([[448.0], [450.0], [224.0], [1e-9], [3.0e38]]).expand(5, 128).bfloat16()
     scale = quantize(x, FORMATS["e4m3_1x128"]).scale
     assert scale is not None and scale.flatten().tolist() == [1.0, 2.0, 0.5, 2.0**-22, 2.0**120]

@@ -86,7 +86,7 @@ def test_mixed_prefill_and_decode_with_padding(model: Model, tokens: list[Tensor
     """Every step mixes sequences that decode, prefill a chunk, or rest; slots and order change from step to step."""
     rng = np.random.default_rng(3)
     cache = poisoned(model.new_cache(4, 512, max_chunk=100, rollback=2))
-    left, steps = {s: t for s, t in enumerate(tokens)}, []
+    left, steps = dict(enumerate(tokens)), []
     while any(len(t) for t in left.values()):
         step = {}
         for s in rng.permutation(4):

@@ -176,7 +176,7 @@ def _state_new(ops: Resolved, generator: torch.Generator, ratio: int, rollback: 
 def state_copy() -> Cases:
     for ratio in RATIOS:
         yield case("state_copy", _state_copy, ratio=ratio, source=2, target=0)
-    yield case("state_copy", _state_copy, ratio=4, source=1, target=1)
+    yield case("state_copy", _state_copy, ratio=4, source=0, target=1)
 
 
 def _state_copy(ops: Resolved, generator: torch.Generator, ratio: int, source: int, target: int) -> Results:

@@ -29,9 +29,7 @@ BLOCK_FORMATS = tuple(name for name, fmt in FORMATS.items() if not fmt.plain)
 
 
 def codes(q: QTensor) -> Results:
-    """Codes and scales as bytes."""
-    out = {"codes": q.data.view(torch.uint8)}
-    return out if q.scale is None else {**out, "scales": q.scale.view(torch.uint8)}
+    return {"codes": q.data} if q.scale is None else {"codes": q.data, "scales": q.scale}
 
 
 def quantize() -> Cases:

@@ -22,8 +22,8 @@ def route() -> Cases:
     yield case("route", _route, tokens=5, experts=8, k=8, bias=True)
     yield case("route", _route, tokens=5, experts=8, k=1, bias=True)
     yield case("route", _route_given, tokens=5, experts=32, k=6)
-    yield case("route", _route_ties, tokens=20, experts=32, k=6, bias=False)
-    yield case("route", _route_ties, tokens=20, experts=32, k=6, bias=True)
+    yield case("route", _route_ties, tokens=20, experts=32, k=6, bias=False, scores="whole")
+    yield case("route", _route_ties, tokens=20, experts=32, k=6, bias=True, scores="whole")
 
 
 def _logits(ops: Resolved, generator: torch.Generator, tokens: int, experts: int, spread: float = 3.0) -> Tensor:
@@ -49,7 +49,9 @@ def _route_given(ops: Resolved, generator: torch.Generator, tokens: int, experts
     return {"order": order, "weights": weights}
 
 
-def _route_ties(ops: Resolved, generator: torch.Generator, tokens: int, experts: int, k: int, bias: bool) -> Results:
+def _route_ties(
+    ops: Resolved, generator: torch.Generator, tokens: int, experts: int, k: int, bias: bool, scores: str
+) -> Results:
     """Logits are few whole numbers: among equals the lower id comes first."""
     logits = whole(ops, generator, 0, 2, tokens, experts, dtype=ops.numerics.accumulate)
     added = whole(ops, generator, 0, 1, experts, dtype=torch.float32) if bias else None
