@@ -49,7 +49,7 @@ def load_model(
     key or tensor) if the checkpoint is not sound. Weights stay in their stored form, mapped from the files where
     they can be.
     """
-    from dsv4_hal.model.checkpoint import load_weights
+    from dsv4_hal.model.checkpoint import load_weights, read_metadata
     from dsv4_hal.model.config import load_config
     from dsv4_hal.model.transformer import Model
 
@@ -61,7 +61,7 @@ def load_model(
     cfg = load_config(directory)
     ops = resolve([chosen], vars(cfg), strict=strict)
     weights = load_weights(directory, cfg, place=ops.repack, device=ops.device, progress=progress)
-    return Model(cfg, ops, weights, shared_expert_clamp)
+    return Model(cfg, ops, weights, shared_expert_clamp, read_metadata(directory))
 
 
 __all__ = ["BackendError", "BackendInfo", "Batch", "list_backends", "load_model"]

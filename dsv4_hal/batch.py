@@ -231,6 +231,9 @@ def physical(table: Array, rows: int, seq: Array, index: Array) -> Array:
 def cos_sin(positions: Tensor, frequency: Tensor, dtype: torch.dtype) -> CosSin:
     """Tables [N, rope / 2] for positions [N]. The angle is a float32 product by contract: float64 angles differ from
     it by up to 0.03 rad near a million tokens, and the published model uses float32."""
+    if not len(positions):  # most decode steps complete no entry
+        empty = torch.empty(0, len(frequency), dtype=dtype, device=positions.device)
+        return empty, empty
     angle = positions.to(torch.float32)[:, None] * frequency.to(positions.device)
     angle = angle.to(dtype)
     return angle.cos(), angle.sin()

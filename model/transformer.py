@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
@@ -11,12 +12,14 @@ from dsv4_hal.batch import Batch
 from dsv4_hal.formats import Weight
 from dsv4_hal.model.block import Block
 from dsv4_hal.model.cache import Cache, overlaps
+from dsv4_hal.model.checkpoint import save_checkpoint, unstack
 from dsv4_hal.model.config import ModelConfig
 from dsv4_hal.model.hyper_connection import Head
 from dsv4_hal.model.mtp import Mtp
 from dsv4_hal.model.rope import inverse_frequencies
 from dsv4_hal.model.scope import Scope
 from dsv4_hal.model.step import Step, Trace
+from dsv4_hal.model.weights import weight_table
 from dsv4_hal.ops import Ops
 
 
@@ -25,12 +28,18 @@ class Model:
 
     weights       the table of `dsv4_hal.model.weights`, filled
     shared_clamp  whether `swiglu_limit` also holds for the shared expert
+    metadata      text that the checkpoint's files carried; `save` writes it again
     """
 
     def __init__(
-        self, cfg: ModelConfig, ops: Ops, weights: Mapping[str, Weight | Tensor], shared_clamp: bool = True
+        self,
+        cfg: ModelConfig,
+        ops: Ops,
+        weights: Mapping[str, Weight | Tensor],
+        shared_clamp: bool = True,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self.cfg, self.ops, self.weights = cfg, ops, weights
+        self.cfg, self.ops, self.weights, self.metadata = cfg, ops, weights, dict(metadata or {})
         scope, ratios = Scope(weights), cfg.compress_ratios[: cfg.num_hidden_layers]
         self.embed = scope.matrix("embed")
         self.layers = [
@@ -111,6 +120,19 @@ class Model:
         streams = self.streams(step)
         mtp_step = Step(following, step.batch)
         return self.mtp(streams, self.ops.embedding(following, self.embed), mtp_step).unflatten(0, (count, length))
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json and the weights in the official format, byte for byte as they were stored.
+
+        ValueError if the backend has rearranged a weight, or if `directory` exists and is not empty.
+        """
+        moved = [w.name for w in self.weights.values() if isinstance(w, Weight) and w.layout != "checkpoint"]
+        if moved:
+            raise ValueError(
+                f"{len(moved)} weights are no longer in the checkpoint's arrangement, the first {moved[0]}"
+            )
+        table = {name: spec for name, spec in weight_table(self.cfg).items() if name in self.weights}
+        save_checkpoint(directory, self.cfg, unstack(self.weights, table), metadata=self.metadata)
 
     def streams(self, step: Step) -> Tensor:
         """Residual streams [T, n, d] after the last layer."""

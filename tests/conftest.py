@@ -20,6 +20,8 @@ from dsv4_hal.numerics import exact
 
 DATA = Path(__file__).parent / "data"
 
+torch.set_num_threads(1)  # tensors here are small, and workers of pytest-xdist would fight over the cores
+
 SMALL = {
     "model_type": "deepseek_v4",
     "torch_dtype": "float32",

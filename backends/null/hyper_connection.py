@@ -18,7 +18,5 @@ class HyperConnection(ops.HyperConnection):
     def hc_post(self, y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         return empty(*streams.shape, dtype=self.numerics.storage)
 
-    def hc_head(
-        self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float
-    ) -> Tensor:
+    def hc_head(self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float) -> Tensor:
         return empty(streams.shape[0], streams.shape[2], dtype=self.numerics.storage)

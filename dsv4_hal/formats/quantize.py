@@ -190,8 +190,9 @@ def _whole(blocks: Tensor, shape: tuple[int, ...], fmt: Format) -> Tensor:
 
 def _scale(blocks: Tensor, axes: tuple[int, ...], fmt: Format) -> Tensor:
     """The stored scale of every block, in the scale's dtype, with axes of size one inside the block."""
-    amax = torch.linalg.vector_norm(blocks, float("inf"), axes, keepdim=True)  # one pass; NaN stays
-    scale = amax.to(torch.promote_types(amax.dtype, torch.float32)).clamp_(min=fmt.floor) / fmt.top
+    wide = torch.promote_types(blocks.dtype, torch.float32)
+    amax = blocks.abs().to(wide).amax(axes, keepdim=True)  # NaN stays; PyTorch's maximum is three times slower in bf16
+    scale = amax.clamp_(min=fmt.floor) / fmt.top
     if fmt.scale == "e8m0":
         scale = power_of_two_ceil(scale)
     assert fmt.scale_dtype is not None

@@ -172,7 +172,8 @@ class Weight(QTensor):
             raise ValueError(
                 f"{self.name or 'weight'}: only a stack [E, out, in] can be indexed, shape is {self.shape}"
             )
-        return replace(self, data=self.data[index], scale=None if self.scale is None else self.scale[index])
+        scale = None if self.scale is None else self.scale[index]
+        return Weight(self.data[index], scale, self.format, self.name, self.layout)
 
     def split_rows(self, groups: int) -> Weight:
         """[groups * out, in] seen as [groups, out, in], without a copy. ValueError where a group cuts a scale block."""

@@ -300,9 +300,7 @@ class Naive(Backend):
                 out[t, n] += comb[t, j, n].to(F64) * streams[t, j].to(F64)
         return out.to(self.numerics.storage)
 
-    def hc_head(
-        self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float
-    ) -> Tensor:
+    def hc_head(self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float) -> Tensor:
         out = torch.zeros(streams.shape[0], streams.shape[2], dtype=F64)
         for t, stream in enumerate(streams.to(F64)):
             mix = mixed(stream, fn, norm_eps)
@@ -553,3 +551,17 @@ GRADIENTS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 def test_gradients(name: str) -> None:
     run, inputs = GRADIENTS[name]
     assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_caches_hold_no_graph() -> None:
+    """A state or a pool that kept its graph would keep every step alive."""
+    batch = Batch(np.array([5]), np.array([0]), torch.device("cpu"), slots=np.array([0]), token_table=np.array([[0]]))
+    EXACT64.plan(batch, {4: True}, {})
+    state = EXACT64.state_new(1, 4, True, 16)
+    entries = EXACT64.compress(leaf(5, 16), leaf(5, 16), leaf(4, 16), batch, 4, True, state)
+    layout = EXACT64.row_layout("entries", 8, 4, 4)
+    pool = EXACT64.kv_store(
+        entries, layout, batch, KV(formats.new_pool(layout, 1, 64, torch.device("cpu")), layout, 64)
+    )
+    assert entries.requires_grad and not state.requires_grad and not pool.data.requires_grad
+    assert not EXACT64.kv_load(pool, batch, 0, 0, 1).requires_grad

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from fractions import Fraction
 
@@ -134,7 +133,7 @@ def test_against_the_oracle(name: str, shape: tuple[int, int], dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_simulate_is_dequantize_of_quantize(name: str, dtype: torch.dtype) -> None:
     fmt = FORMATS[name]
-    for shape in [(5, 128), (2, 2, 130, 136), (3, 0, 64)]:
+    for shape in [(5, 128), (1, 2, 130, 66), (1, 129, 136), (3, 0, 64)]:
         x = sample(shape, fmt, 7, dtype)
         q = quantize(x, fmt)
         out = simulate(x, fmt)
@@ -155,7 +154,7 @@ def test_bf16_is_computed_as_fp32(name: str) -> None:
     every = every[every.abs() < (1e6 if FORMATS[name].scale == "fp16" else math.inf)]
     x = every[torch.randperm(len(every), generator=g)][: len(every) // 1024 * 1024].view(-1, 1024)
     narrow = x * torch.exp2(-torch.linspace(0, 200, 1024)).bfloat16()  # blocks of several magnitudes
-    for part in (x, narrow):
+    for part in (*x.split(16), *narrow.split(16)):
         assert torch.equal(bits(simulate(part, FORMATS[name])), bits(simulate(part.float(), FORMATS[name]).bfloat16()))
 
 
@@ -178,14 +177,14 @@ def test_random_shapes(name: str, shape: tuple[int, int], seed: int, exponent: i
 def test_stacks_are_quantised_matrix_by_matrix() -> None:
     for name in SCALED:
         fmt = FORMATS[name]
-        x = sample((2, 2, 130, 160), fmt, 1)
+        x = sample((3, 129, 66), fmt, 1)
         q = quantize(x, fmt)
-        for e, f in itertools.product(range(2), range(2)):
-            one = quantize(x[e, f], fmt)
+        for e in range(3):
+            one = quantize(x[e], fmt)
             assert q.scale is not None and one.scale is not None
-            assert torch.equal(q.data[e, f].view(torch.uint8), one.data.view(torch.uint8))
-            assert torch.equal(q.scale[e, f].float(), one.scale.float())
-            assert torch.equal(dequantize(q)[e, f], dequantize(one))
+            assert torch.equal(q.data[e].view(torch.uint8), one.data.view(torch.uint8))
+            assert torch.equal(q.scale[e].float(), one.scale.float())
+            assert torch.equal(dequantize(q)[e], dequantize(one))
 
 
 def test_one_row_and_strided_input() -> None:
@@ -208,8 +207,8 @@ def test_no_rows(name: str) -> None:
 def test_zero_blocks(name: str) -> None:
     fmt = FORMATS[name]
     q = quantize(torch.zeros(2, 256), fmt)
-    floor = {"e8m0": power_of_two(fmt.floor, fmt.top), "fp32": np.float32(fmt.floor) / np.float32(fmt.top)}
-    want = floor.get(str(fmt.scale), 2.0**-24)
+    ratio = float(np.float32(fmt.floor) / np.float32(fmt.top))
+    want = {"e8m0": power_of_two(fmt.floor, fmt.top), "fp32": ratio, "fp16": 2.0**-24}[str(fmt.scale)]
     assert (stored_scales(q) == want).all() and want > 0
     assert torch.equal(bits(dequantize(q)), torch.zeros(2, 256, dtype=torch.int32))
     assert torch.equal(bits(simulate(torch.zeros(2, 256), fmt)), torch.zeros(2, 256, dtype=torch.int32))
@@ -259,7 +258,7 @@ def test_plain_formats_are_casts(name: str) -> None:
     assert torch.equal(dequantize(q, torch.float64), x.to(fmt.storage).double())
     assert torch.equal(simulate(x, fmt), x.to(fmt.storage).float())
     dequantize(q).sum().backward()
-    assert torch.equal(x.grad, torch.ones(3, 5))
+    assert x.grad is not None and torch.equal(x.grad, torch.ones(3, 5))
 
 
 def test_gradient_is_straight_through() -> None:
@@ -269,7 +268,7 @@ def test_gradient_is_straight_through() -> None:
         out = simulate(x, FORMATS[name])
         assert torch.equal(out.detach(), simulate(x.detach(), FORMATS[name])) and not torch.equal(out, x)
         (out * weight).sum().backward()
-        assert torch.equal(x.grad, weight)
+        assert x.grad is not None and torch.equal(x.grad, weight)
         with torch.no_grad():
             assert not simulate(x, FORMATS[name]).requires_grad
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 import dsv4_hal
 from dsv4_hal import Batch
+from dsv4_hal.model.checkpoint import init_checkpoint, weights_are_random
+from dsv4_hal.model.config import preset
 from dsv4_hal.model.step import Step, Trace
 from dsv4_hal.model.transformer import Model
 
@@ -131,3 +133,18 @@ def test_replayed_choices_give_the_same_logits(exact_model: Model, recorded: dic
     shifted = {n: (t + 1) % 8 if n.endswith(".experts") else t for n, t in choices.items()}
     other = exact_model.step(tokens, Batch.packed([40]), trace=Trace(replay=shifted))
     assert (other - first).abs().max() > 1e-2
+
+
+def test_saved_again_byte_for_byte(tiny_dir: Path, exact_model: Model, tmp_path: Path) -> None:
+    exact_model.save(tmp_path / "again")
+    before, after = (load_file(d / "model.safetensors") for d in (tiny_dir, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor.flatten().view(torch.uint8), after[name].flatten().view(torch.uint8)), name
+
+
+def test_random_weights_stay_marked(tmp_path: Path) -> None:
+    init_checkpoint(preset("v4-tiny"), tmp_path / "one", dtype="bfloat16")
+    dsv4_hal.load_model(tmp_path / "one").save(tmp_path / "two")
+    assert weights_are_random(tmp_path / "two")

@@ -69,7 +69,7 @@ def _plan_far(ops: Resolved, generator: torch.Generator, position: int) -> Resul
 def _planned(batch: Batch) -> Results:
     """What every backend's plan has: RoPE tables, and the entries that are completed."""
     done = batch.require_plan()
-    out = {}
+    out: Results = {}
     for (name, ratio), (cos, sin) in done.rope.items():
         out |= {f"cos_{name}_{ratio}": cos, f"sin_{name}_{ratio}": sin}
     for ratio, entries in done.entries.items():

@@ -65,9 +65,7 @@ def dequantize() -> Cases:
     yield case("dequantize", _dequantize, format="fp32", rows=4, columns=64, dtype="bfloat16")
 
 
-def _dequantize(
-    ops: Resolved, generator: torch.Generator, format: str, rows: int, columns: int, dtype: str
-) -> Results:
+def _dequantize(ops: Resolved, generator: torch.Generator, format: str, rows: int, columns: int, dtype: str) -> Results:
     return {"y": ops.dequantize(quantised(ops, generator, format, rows, columns), getattr(torch, dtype))}
 
 

@@ -120,9 +120,7 @@ def moe_experts() -> Cases:
             yield case("moe_experts", _moe_experts, format=format, tokens=tokens, experts=12, k=3)
 
 
-def _moe_experts(
-    ops: Resolved, generator: torch.Generator, format: str, tokens: int, experts: int, k: int
-) -> Results:
+def _moe_experts(ops: Resolved, generator: torch.Generator, format: str, tokens: int, experts: int, k: int) -> Results:
     inner, width = 128, 256
     x = normal(ops, generator, tokens, width)
     chosen = ids(ops, generator, tokens, k, experts)

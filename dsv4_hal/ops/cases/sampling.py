@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from dsv4_hal.ops.cases.inputs import Results, case, device_generator, normal, place, whole, yes
 
@@ -23,6 +24,7 @@ def sample() -> Cases:
     yield case("sample", _greedy, rows=40, vocabulary=6)  # mostly ties
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (2.0, 0.9), (1.0, 0.65), (1.0, 0.31), (1.0, 0.29), (1.0, 1e-6)):
         yield case("sample", _draws, temperature=temperature, top_p=top_p)
+    yield case("sample", _equal, vocabulary=200, top_p=0.0525)
     yield case("sample", _repeat, rows=64)
 
 
@@ -33,9 +35,18 @@ def _greedy(ops: Resolved, generator: torch.Generator, rows: int, vocabulary: in
 
 def _draws(ops: Resolved, generator: torch.Generator, temperature: float, top_p: float) -> Results:
     """Many draws from one row: how often each token came, and which came at all."""
-    logits = place(ops, torch.tensor(PROBABILITIES).log(), ops.numerics.accumulate)
-    tokens = ops.sample(logits.expand(DRAWS, -1), temperature, top_p, device_generator(ops, generator))
-    counts = torch.zeros(len(PROBABILITIES), dtype=torch.int64, device=ops.device)
+    return _counted(ops, generator, torch.tensor(PROBABILITIES).log(), temperature, top_p)
+
+
+def _equal(ops: Resolved, generator: torch.Generator, vocabulary: int, top_p: float) -> Results:
+    """All tokens equally likely: the ones that are kept are the lowest ids."""
+    return _counted(ops, generator, torch.zeros(vocabulary), 1.0, top_p)
+
+
+def _counted(ops: Resolved, generator: torch.Generator, logits: Tensor, temperature: float, top_p: float) -> Results:
+    rows = place(ops, logits, ops.numerics.accumulate).expand(DRAWS, -1)
+    tokens = ops.sample(rows, temperature, top_p, device_generator(ops, generator))
+    counts = torch.zeros(len(logits), dtype=torch.int64, device=ops.device)
     counts = counts.scatter_add(0, tokens, torch.ones_like(tokens))
     return {"counts": counts, "drawn": counts > 0}
 
