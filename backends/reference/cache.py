@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4_hal import formats, ops
-from dsv4_hal.batch import Batch, make_plan
+from dsv4_hal.batch import Batch, Entries, make_plan
 from dsv4_hal.formats import RowLayout
 from dsv4_hal.ops import KV
 
@@ -54,20 +54,28 @@ class Cache(ops.Cache):
     ) -> Tensor:
         entries = batch.require_plan().entries[ratio]
         tokens = torch.stack([kv, gate + ape.to(gate.dtype)[batch.positions % ratio]], 1)  # [T, 2, coff * c]
-        known = tokens if state is None else torch.cat([tokens, state.flatten(0, 1)])
-        if entries.count:
-            block = known[entries.source.clamp(min=0)]  # [N, span, 2, coff * c]
-        else:
-            block = known.new_zeros(0, *entries.source.shape[1:], *known.shape[1:])
-        if overlap:  # the first channels of the block before, the last channels of its own
-            c = kv.shape[1] // 2
-            block = torch.cat([block[:, :ratio, :, :c], block[:, ratio:, :, c:]], 1)
-        missing = (entries.source < 0)[..., None]
-        value = block[:, :, 0].masked_fill(missing, 0)
-        weight = block[:, :, 1].masked_fill(missing, float("-inf")).softmax(1)
+        # Most decode steps complete nothing.
+        width = ape.shape[1] // (2 if overlap else 1)
+        out = pool_blocks(tokens, state, entries, overlap) if entries.count else kv.new_zeros(0, width)
         if state is not None:
             state.flatten(0, 1)[entries.keep_target] = tokens[entries.keep_source].detach()
-        return (value * weight).sum(1)
+        return out
+
+
+def pool_blocks(tokens: Tensor, state: Tensor | None, entries: Entries, overlap: bool) -> Tensor:
+    """Entries [N, c] from this step's rows and gates, tokens [T, 2, coff * c], and those of the state before it."""
+    source, count = entries.source, len(tokens)
+    block = tokens[source.clamp(0, count - 1)]  # [N, span, 2, coff * c]
+    if state is not None:
+        before = state.flatten(0, 1)[(source - count).clamp(min=0)]
+        block = torch.where((source < count)[..., None, None], block, before)
+    if overlap:  # the first channels of the block before, the last channels of its own
+        own, c = block.shape[1] // 2, block.shape[3] // 2
+        block = torch.cat([block[:, :own, :, :c], block[:, own:, :, c:]], 1)
+    missing = (source < 0)[..., None]
+    value = block[:, :, 0].masked_fill(missing, 0)
+    weight = block[:, :, 1].masked_fill(missing, float("-inf")).softmax(1)
+    return (value * weight).sum(1)
 
 
 def physical_rows(kv: KV, batch: Batch, seq: Tensor, index: Tensor) -> Tensor:

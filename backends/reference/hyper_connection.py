@@ -13,13 +13,13 @@ class HyperConnection(ops.HyperConnection):
         self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, norm_eps: float, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide, n = self.numerics.accumulate, streams.shape[1]
-        x = streams.to(wide)
-        base, scale = base.to(wide), scale.to(wide)
-        mix = self._project(x, fn, norm_eps)
-        pre = torch.sigmoid(mix[:, :n] * scale[0] + base[:n]) + eps
-        post = 2 * torch.sigmoid(mix[:, n : 2 * n] * scale[1] + base[n : 2 * n])
-        comb = sinkhorn((mix[:, 2 * n :] * scale[2] + base[2 * n :]).view(-1, n, n), iters, eps)
-        return self._weigh(pre, x), post, comb
+        x, sizes = streams.to(wide), (n, n, n * n)
+        mix = self._project(x, fn, norm_eps).split(sizes, -1)
+        pre, post, comb = (
+            m * s + b for m, s, b in zip(mix, scale.to(wide).unbind(), base.to(wide).split(sizes), strict=True)
+        )
+        mixed = self._weigh(torch.sigmoid(pre) + eps, x)
+        return mixed, 2 * torch.sigmoid(post), sinkhorn(comb.unflatten(-1, (n, n)), iters, eps)
 
     def hc_post(self, y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         wide = self.numerics.accumulate
@@ -41,10 +41,14 @@ class HyperConnection(ops.HyperConnection):
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
-    """[T, n, n] -> nearly doubly stochastic: rows, then columns, `iters` times; the first row step is a softmax."""
-    c = logits.softmax(-1) + eps
-    c = c / (c.sum(1, keepdim=True) + eps)
+    """[T, n, n] -> nearly doubly stochastic: rows, then columns, `iters` times; the first row step is a softmax.
+
+    Works on [n, n, T], so that sums run over leading axes and are vectorised over tokens.
+    """
+    small = logits.new_tensor(eps)
+    c = logits.permute(1, 2, 0).softmax(1) + small
+    c = c / (c.sum(0, keepdim=True) + small)
     for _ in range(iters - 1):
-        c = c / (c.sum(2, keepdim=True) + eps)
-        c = c / (c.sum(1, keepdim=True) + eps)
-    return c
+        c = c / (c.sum(1, keepdim=True) + small)
+        c = c / (c.sum(0, keepdim=True) + small)
+    return c.permute(2, 0, 1).contiguous()

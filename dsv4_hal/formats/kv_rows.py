@@ -75,6 +75,8 @@ class RowLayout:
             raise ValueError(
                 f"{self.name}: ratio {self.ratio}, window {self.window}: ratio 1, and only it, has a window"
             )
+        if self.plain and (self.row_bytes != self.dim * self.values.itemsize or self.block_align != 1):
+            raise ValueError(f"{self.name}: plain rows have no padding, {self.row_bytes} bytes hold {self.dim} values")
         for field in self.fields:
             share, before = self.region_bytes[field.region], sum(self.region_bytes[: field.region])
             steps = (field.offset, share, before, self.row_bytes if self.block_align == 1 else self.block_align)
@@ -83,6 +85,7 @@ class RowLayout:
 
     @property
     def plain(self) -> bool:
+        """Whether a row is its values and nothing else, so that rows follow one another without padding."""
         return self.fields[0].name == "values"
 
     @property
@@ -204,6 +207,10 @@ def store(pool: Tensor, layout: RowLayout, rows: int, index: Tensor, values: Ten
            device) and without repetition, or which row wins is undefined
     ValueError if shapes or dtypes do not fit pool and layout.
     """
+    if layout.plain:  # the general way below, in fewer steps
+        _check_pool(pool, layout, rows)
+        _plain(pool, layout)[index] = round_rows(values.detach(), layout)
+        return
     fields = pack(values.detach(), layout)
     for name, view in views(pool, layout, rows).items():
         word = _WORDS[view.dtype.itemsize]  # bytes are copied: not every device indexes 8-bit floats
@@ -221,8 +228,8 @@ def load(pool: Tensor, layout: RowLayout, rows: int, index: Tensor) -> Tensor:
     _check_pool(pool, layout, rows)
     flat = index.flatten()
     safe = flat.clamp(min=0)
-    if layout.plain:  # what the general way below does, in two steps instead of ten
-        out = pool.view(layout.values).view(-1, layout.dim).index_select(0, safe)
+    if layout.plain:  # the general way below, in fewer steps
+        out = _plain(pool, layout).index_select(0, safe)
         return out.masked_fill_((flat < 0).unsqueeze(-1), 0).view(*index.shape, layout.dim)
     # whole shares of a region are copied in the widest words they allow, and taken apart afterwards
     shares = []
@@ -236,6 +243,11 @@ def load(pool: Tensor, layout: RowLayout, rows: int, index: Tensor) -> Tensor:
     }
     out = unpack(fields, layout).masked_fill_((flat < 0).unsqueeze(-1), 0)  # a product would keep NaN
     return out.view(*index.shape, layout.dim)
+
+
+def _plain(pool: Tensor, layout: RowLayout) -> Tensor:
+    """All rows of a pool of plain rows, one after another: a view [blocks * rows, dim]."""
+    return pool.view(layout.values).view(-1, layout.dim)
 
 
 def _index_rows(name: str, ratio: int, dim: int, rounding: Format) -> RowLayout:
