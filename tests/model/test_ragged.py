@@ -82,9 +82,12 @@ def test_chunks_of_any_size(model: Model, tokens: list[Tensor], one_shot: list[T
     close(got[0], one_shot[0])
 
 
-def test_mixed_prefill_and_decode_with_padding(model: Model, tokens: list[Tensor], one_shot: list[Tensor]) -> None:
+@pytest.mark.parametrize("seed", [3, *(pytest.param(s, marks=pytest.mark.full) for s in range(4, 40))])
+def test_mixed_prefill_and_decode_with_padding(
+    model: Model, tokens: list[Tensor], one_shot: list[Tensor], seed: int
+) -> None:
     """Every step mixes sequences that decode, prefill a chunk, or rest; slots and order change from step to step."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     cache = poisoned(model.new_cache(4, 512, max_chunk=100, rollback=2))
     left, steps = dict(enumerate(tokens)), []
     while any(len(t) for t in left.values()):

@@ -111,7 +111,7 @@ def random_changes(seed: int) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(12), *(pytest.param(s, marks=pytest.mark.full) for s in range(12, 60))])
 def test_random_configurations(small_model: Callable[..., Model], seed: int) -> None:
     model = small_model(seed=seed, **random_changes(seed))
     cfg: ModelConfig = model.cfg
