@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor
 
 from dsv4_hal.model.cache import layouts, overlaps
@@ -59,7 +57,7 @@ class Attention:
             )
         if self.indexer is not None:
             picks = self.indexer(x, low, step)
-        y = cast(Tensor, ops.sparse_attention(q, window, self.sink, cfg.head_dim**-0.5, batch, entries, picks))
+        y, _ = ops.sparse_attention(q, window, self.sink, cfg.head_dim**-0.5, batch, entries, picks)
         return step.trace.see(f"{self.name}.out", ops.output_proj(y, cos_sin, self.wo_a, self.wo_b))
 
 
@@ -98,6 +96,8 @@ class Indexer:
             return step.trace.replay[f"{self.name}index_picks"]
         q = ops.rope(ops.linear(low, self.wq_b).view(len(x), heads, dim), ropes[self.rope, 1])
         weights = ops.linear(x, self.weights_proj) * (dim**-0.5 * heads**-0.5)
-        picks, scores = ops.index_topk(ops.hadamard(q) if rotate else q, weights, keys, batch, cfg.index_topk)
-        step.trace.see(f"{self.name}index_scores", scores)
+        q = ops.hadamard(q) if rotate else q
+        picks, scores = ops.index_topk(q, weights, keys, batch, cfg.index_topk, with_scores=step.trace.record)
+        if scores is not None:
+            step.trace.see(f"{self.name}index_scores", scores)
         return step.trace.see(f"{self.name}index_picks", picks)

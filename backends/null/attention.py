@@ -12,8 +12,11 @@ from dsv4_hal.ops import KV
 
 
 class Attention(ops.Attention):
-    def index_topk(self, q: Tensor, weights: Tensor, keys: KV, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
-        return empty(len(q), k, dtype=torch.int64), empty(len(q), k, dtype=self.numerics.accumulate)
+    def index_topk(
+        self, q: Tensor, weights: Tensor, keys: KV, batch: Batch, k: int, *, with_scores: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        scores = empty(len(q), k, dtype=self.numerics.accumulate) if with_scores else None
+        return empty(len(q), k, dtype=torch.int64), scores
 
     def sparse_attention(
         self,
@@ -27,6 +30,6 @@ class Attention(ops.Attention):
         *,
         return_lse: bool = False,
         out: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         y = emit(out, *q.shape, dtype=q.dtype)
-        return (y, empty(*q.shape[:2], dtype=self.numerics.accumulate)) if return_lse else y
+        return y, empty(*q.shape[:2], dtype=self.numerics.accumulate) if return_lse else None

@@ -87,7 +87,9 @@ def single_tokens(batch: Batch) -> Tile:
 
 
 class Attention(ops.Attention):
-    def index_topk(self, q: Tensor, weights: Tensor, keys: KV, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
+    def index_topk(
+        self, q: Tensor, weights: Tensor, keys: KV, batch: Batch, k: int, *, with_scores: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         ratio, heads = keys.layout.ratio, q.shape[1]
         picks = torch.full((len(q), k), -1, dtype=torch.int64, device=q.device)
         scores = torch.full((len(q), k), float("-inf"), dtype=self.numerics.accumulate, device=q.device)
@@ -103,7 +105,7 @@ class Attention(ops.Attention):
             best, pick = best[..., :k], pick[..., :k]
             part.put(picks[:, : pick.shape[-1]], pick.masked_fill(best == float("-inf"), -1))
             part.put(scores[:, : pick.shape[-1]], best)
-        return picks, scores
+        return picks, scores if with_scores else None
 
     def _index_scores(self, q: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
         """q [n, c, H, D], weights [n, c, H], keys [n, K, D] -> [n, c, K]."""
@@ -124,7 +126,7 @@ class Attention(ops.Attention):
         *,
         return_lse: bool = False,
         out: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         wide = self.numerics.accumulate
         y = torch.zeros_like(q)
         lse = torch.full(q.shape[:2], float("-inf"), dtype=wide, device=q.device)
@@ -140,7 +142,7 @@ class Attention(ops.Attention):
             part.put(y, values)
             if return_lse:
                 part.put(lse, log_sum)
-        return (emit(y, out), lse) if return_lse else emit(y, out)
+        return emit(y, out), lse if return_lse else None
 
     def _attend(self, q: Tensor, rows: Tensor, seen: Tensor, sink: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """q [n, c, H, D] over rows [n, K, D], keys and values alike; seen [n, c, K]."""

@@ -20,8 +20,12 @@ _PROJECT = Tolerance(Compare.NMSE, 4.0, "the order of two long sums is free")
 
 class Attention(Gemm, NormRope):
     @primitive(_PICKS, cases.index_topk)
-    def index_topk(self, q: Tensor, weights: Tensor, keys: KV, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
-        """The k entries that matter most to each token -> (picks int64 [T, k], scores [T, k] in numerics.accumulate).
+    def index_topk(
+        self, q: Tensor, weights: Tensor, keys: KV, batch: Batch, k: int, *, with_scores: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The k entries that matter most to each token -> picks int64 [T, k], and their scores.
+
+        with_scores  also return scores [T, k] in numerics.accumulate; otherwise None, since not every kernel keeps them
 
         q        [T, H, D] in storage, rotated; rounded here to the key layout's row format, as the keys were
         weights  [T, H] in storage
@@ -30,7 +34,7 @@ class Attention(Gemm, NormRope):
         times weight, and the sum are each rounded to numerics.score, sums run in numerics.accumulate.
         Entry s is visible at position p if s < (p + 1) // ratio. Picks come best first, equal scores lower entry
         first, whatever entries exist later; where fewer than k are visible, and for padding tokens, picks end in -1
-        and scores in -inf. Scores are differentiable in q, weights and packed keys.
+        and scores in -inf. Scores are differentiable in q, weights and packed keys: the only way to train an indexer.
         Source: DeepSeek-V4 report, section 2.3.1, lightning indexer.
         """
         if q.dim() != 3 or q.shape[0] != batch.tokens or q.shape[-1] != keys.layout.dim:
@@ -55,7 +59,7 @@ class Attention(Gemm, NormRope):
         *,
         return_lse: bool = False,
         out: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """One softmax over the token's window and its compressed entries; keys are values (one KV head).
 
         q          [T, H, D] in storage
@@ -64,10 +68,11 @@ class Attention(Gemm, NormRope):
         scale      multiplies q . k
         entries    compressed rows of layout.ratio tokens, or None; entry s is visible at p if s < (p + 1) // ratio
         picks      [T, K] int64 of entries, distinct, -1 for none (never read); None: all visible entries
-        returns    [T, H, D] in storage; rows of padding tokens are zero. With return_lse also the log of the sum of
-                   exp(score) over keys, without the sink, [T, H] in numerics.accumulate, -inf where there is no key.
-        Scores and exponentials in numerics.accumulate; probabilities are rounded to numerics.probs in front of the
-        product with the values, the denominator is not. Rows that no token of the step sees are never read.
+        returns    [T, H, D] in storage; rows of padding tokens are zero. And with return_lse (else None) the log of the
+                   sum of exp(score) over keys, without the sink, [T, H] in numerics.accumulate, -inf without any key.
+        Scores and exponentials in numerics.accumulate, relative to the largest score of all the token's keys (not the
+        sink); probabilities so scaled are rounded to numerics.probs in front of the product with the values, the
+        denominator is not. Rows that no token of the step sees are never read.
         Source: DeepSeek-V4 report, section 2.3; published inference kernel.
         """
         if q.dim() != 3 or q.shape[0] != batch.tokens or q.shape[-1] != window_kv.layout.dim:

@@ -187,7 +187,9 @@ class Naive(Backend):
 
     # attention
 
-    def index_topk(self, q: Tensor, weights: Tensor, keys: KV, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
+    def index_topk(
+        self, q: Tensor, weights: Tensor, keys: KV, batch: Batch, k: int, *, with_scores: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         narrow, ratio = self.numerics.score, keys.layout.ratio
         q = formats.round_rows(q.flatten(0, 1), keys.layout).view(q.shape).to(F64)
         picks, scores = torch.full((len(q), k), -1), torch.full((len(q), k), float("-inf"), dtype=F64)
@@ -200,7 +202,7 @@ class Naive(Backend):
                 ranked.append((-float(score), s))
             for n, (score, s) in enumerate(sorted(ranked)[:k]):
                 picks[t, n], scores[t, n] = s, -score
-        return picks, scores
+        return picks, scores if with_scores else None
 
     def sparse_attention(
         self,
@@ -214,7 +216,7 @@ class Naive(Backend):
         *,
         return_lse: bool = False,
         out: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         y, lse = torch.zeros(q.shape, dtype=F64), torch.full(q.shape[:2], float("-inf"), dtype=F64)
         for t, (sequence, p) in enumerate(new_rows(batch, 1)):
             keys = self.kv_load(window_kv, batch, sequence, max(0, p - window_kv.layout.window + 1), p + 1)
@@ -229,7 +231,7 @@ class Naive(Backend):
                 y[t, head] = (rounded(p_key, self.numerics.probs)[:, None] * keys).sum(0) / denominator
                 lse[t, head] = p_key.sum().log() + score.max()
         y = self._emit(y, q.dtype, out)
-        return (y, lse) if return_lse else y
+        return y, lse if return_lse else None
 
     # moe
 
@@ -449,9 +451,9 @@ def one_sequence(mode: str, cuts: tuple[int, ...], company: int) -> tuple[Tensor
         wide = ops.numerics.accumulate
         entries = ops.compress(tokens("c").to(wide), tokens("g").to(wide), ape, batch, 4, True, state)
         ops.kv_store(entries.to(storage), entry_layout, batch, pools[1])
-        picks, scores = ops.index_topk(tokens("q"), tokens("w"), pools[1], batch, 3)
-        y = ops.sparse_attention(tokens("q"), pools[0], sink, dim**-0.5, batch, pools[1], picks)
-        assert isinstance(y, Tensor)
+        picks, scores = ops.index_topk(tokens("q"), tokens("w"), pools[1], batch, 3, with_scores=True)
+        y, _ = ops.sparse_attention(tokens("q"), pools[0], sink, dim**-0.5, batch, pools[1], picks)
+        assert scores is not None
         out.append((y[-n:], scores[-n:], entries[entries.shape[0] - (done + n) // 4 + done // 4 :]))
         done += n
     y, scores, entries = (torch.cat(parts) for parts in zip(*out, strict=True))
@@ -505,12 +507,14 @@ def packed_attention(q: Tensor, kv: Tensor, entries: Tensor, sink: Tensor) -> tu
     window_kv = EXACT64.kv_store(kv, window, PACKED)
     stored = EXACT64.kv_store(entries, compressed, PACKED)
     y, lse = EXACT64.sparse_attention(q, window_kv, sink, 0.5, PACKED, stored, picks, return_lse=True)
+    assert lse is not None
     return y, lse[:-1]  # the padding token has none
 
 
 def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     stored = EXACT64.kv_store(keys, EXACT64.row_layout("index", 8, 0, 4), PACKED)
-    _, scores = EXACT64.index_topk(q, weights, stored, PACKED, 1)
+    _, scores = EXACT64.index_topk(q, weights, stored, PACKED, 1, with_scores=True)
+    assert scores is not None
     return scores[scores.isfinite()]
 
 

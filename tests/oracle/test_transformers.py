@@ -43,10 +43,10 @@ def undecided(model: Model, tokens: Tensor) -> Tensor:
     gaps: list[Tensor] = []
     ops = model.ops
 
-    def index_topk(q: Tensor, weights: Tensor, keys: KV, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
-        picks, scores = choose(q, weights, keys, batch, k + 1)
+    def index_topk(q: Tensor, weights: Tensor, keys: KV, batch: Batch, k: int, **_: bool) -> tuple[Tensor, None]:
+        picks, scores = choose(q, weights, keys, batch, k + 1, with_scores=True)
         gaps.append(scores[:, k - 1] - scores[:, k])
-        return picks[:, :k], scores[:, :k]
+        return picks[:, :k], None
 
     def route(logits: Tensor, k: int, scale: float, bias: Tensor | None = None, picks: Tensor | None = None):
         if picks is None and k < logits.shape[1]:

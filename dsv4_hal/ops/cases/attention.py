@@ -52,13 +52,14 @@ def _index_topk(ops: Resolved, generator: torch.Generator, ragged: str, k: int) 
     keys = filled(ops, generator, row_layout(ops, "index"), batches)
     q = token_rows(ops, generator, batch, INDEX_HEADS, keys.layout.dim)
     weights = token_rows(ops, generator, batch, INDEX_HEADS)
-    picks, scores = ops.index_topk(q, weights, keys, batch, k)
+    picks, _ = ops.index_topk(q, weights, keys, batch, k)
     count = max(1, _longest(batch, keys.layout.ratio))
-    every, score = ops.index_topk(q, weights, keys, batch, count)
+    every, score = ops.index_topk(q, weights, keys, batch, count, with_scores=True)
+    assert score is not None
     # One more column takes what belongs to no entry.
     candidates = torch.full((batch.tokens, count + 1), float("-inf"), dtype=score.dtype, device=ops.device)
     candidates = candidates.scatter(1, every.masked_fill(every < 0, count), score)[:, :count]
-    return {"picks": picks, "scores": scores, "candidates": candidates.contiguous()}
+    return {"picks": picks, "candidates": candidates.contiguous()}
 
 
 def _index_ties(ops: Resolved, generator: torch.Generator, ragged: str, k: int, scores: str) -> Results:
@@ -79,7 +80,8 @@ def _index_ties(ops: Resolved, generator: torch.Generator, ragged: str, k: int, 
     q[:, :, 8:] = 0
     q[:, :, 9::32] = 1
     weights = whole(ops, generator, -1, 2, batch.tokens, INDEX_HEADS)
-    order, score = ops.index_topk(q, weights, keys, batch, k)
+    order, score = ops.index_topk(q, weights, keys, batch, k, with_scores=True)
+    assert score is not None
     return {"order": order, "scores": score}
 
 
@@ -119,10 +121,9 @@ def _attention(
     q = token_rows(ops, generator, batch, HEADS, dim, scale=q_scale)
     sinks = normal(ops, generator, HEADS, dtype=torch.float32) + sink
     target = nans(ops, batch.tokens, HEADS, dim) if out else None
-    result = ops.sparse_attention(q, window_kv, sinks, SCALE, batch, compressed, picks, return_lse=lse, out=target)
-    if isinstance(result, Tensor):
-        return {"y": result}
-    y, log_sum = result
+    y, log_sum = ops.sparse_attention(q, window_kv, sinks, SCALE, batch, compressed, picks, return_lse=lse, out=target)
+    if log_sum is None:
+        return {"y": y}
     if target is None:
         return {"y": y, "lse": log_sum}
     return {"y": y, "lse": log_sum, "written": target, "same": yes(ops, y is target)}
