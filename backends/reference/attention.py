@@ -68,22 +68,26 @@ def make_part(tile: Tile, blocks: slice, device: torch.device) -> Part:
 def parts(batch: Batch, width: Callable[[Tile], int], single: bool = False) -> Iterable[Part]:
     """The step's tiles in parts whose products fit the scratch: width(tile) elements per token.
 
-    single: every token is a block of its own, so that rows can be gathered per token.
+    single: every token is a block of its own, so that rows can be gathered per token; also where a block is too large.
     """
     plan = batch.require_plan()
-    for tile in (single_tokens(batch),) if single else plan.tiles:
+    for i, whole in enumerate(plan.tiles):
+        tile = singles(whole) if single or whole.size * width(whole) > SCRATCH else whole
         step = max(1, SCRATCH // (tile.size * max(1, width(tile))))
         for start in range(0, len(tile.seq), step):
-            key = f"part {single} {tile.size} {start} {step}"
+            key = f"part {i} {tile.size} {start} {step}"
             if key not in plan.vendor:
                 plan.vendor[key] = make_part(tile, slice(start, start + step), batch.device)
             yield plan.vendor[key]
 
 
-def single_tokens(batch: Batch) -> Tile:
-    real = np.flatnonzero(batch.seq_host >= 0)
-    position = batch.positions_host[real]
-    return Tile(1, batch.seq_host[real], position, real[:, None], position)
+def singles(tile: Tile) -> Tile:
+    """The same tokens, each a block of its own."""
+    if tile.size == 1:
+        return tile
+    block, offset = np.nonzero(tile.tokens >= 0)
+    position = tile.first[block] + offset
+    return Tile(1, tile.seq[block], position, tile.tokens[block, offset][:, None], position)
 
 
 class Attention(ops.Attention):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv4_hal import Batch
+from dsv4_hal.backends.reference import attention
 from dsv4_hal.model.cache import Cache
 from dsv4_hal.model.transformer import Model
 from dsv4_hal.ops import KV
@@ -148,6 +149,23 @@ def test_rectangular_call_appends_to_the_cache(model: Model, tokens: list[Tensor
         close(got, want)
         close(model(both, logits_to_keep=1), want[:, -1:])
     assert cache.lengths == (200, 200)
+
+
+@pytest.mark.parametrize(("scratch", "dense"), [(1, 4), (10_000, 4), (1 << 24, 10**9), (10_000, 10**9)])
+def test_however_attention_cuts_its_work(
+    model: Model,
+    tokens: list[Tensor],
+    one_shot: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    scratch: int,
+    dense: int,
+) -> None:
+    """Blocks of one token or of 64, picked entries gathered or masked: the same definition."""
+    monkeypatch.setattr(attention, "SCRATCH", scratch)
+    monkeypatch.setattr(attention, "DENSE", dense)
+    with torch.inference_mode():
+        logits = model.step(torch.cat(tokens), Batch.packed(LENGTHS))
+    close(logits, torch.cat(one_shot))
 
 
 def test_empty_steps(model: Model) -> None:
