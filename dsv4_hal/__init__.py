@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dsv4_hal.backend import BackendError
 from dsv4_hal.batch import Batch
-from dsv4_hal.dispatch import BackendError, BackendInfo, backend_class, list_backends, resolve
+from dsv4_hal.dispatch import BackendInfo, backend_class, list_backends, resolve
 from dsv4_hal.numerics import numerics_for
 
 if TYPE_CHECKING:
@@ -54,9 +55,6 @@ def load_model(
     from dsv4_hal.model.transformer import Model
 
     cls = backend_class(backend)
-    verdict = cls.available()
-    if not verdict:
-        raise BackendError(f"backend {backend} cannot be used here: {verdict.reason}")
     chosen = cls(numerics_for(mode, dtype), device)
     cfg = load_config(directory)
     ops = resolve([chosen], vars(cfg), strict=strict)

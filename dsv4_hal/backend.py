@@ -12,11 +12,16 @@ from typing import Any, ClassVar
 
 import torch
 
+from dsv4_hal.formats import RowLayout, plain_rows
 from dsv4_hal.numerics import Numerics
 from dsv4_hal.ops import OPS, Ops
 
 Facts = Mapping[str, Any]
 """Static facts of a model that a backend may refuse an op for: widths, head counts, ratios, formats."""
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for cannot be used. The message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,13 @@ class Backend(Ops):
     def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:
         verdict = self.available()
         if not verdict:
-            raise RuntimeError(f"backend {self.name} is not available: {verdict.reason}")
+            raise BackendError(f"backend {self.name} cannot be used here: {verdict.reason}")
         self.numerics = numerics
         try:
             self.device = torch.device(device or self.device_type)
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(f"backend {self.name}: device {device!r} cannot be used: {error}") from error
+            raise BackendError(f"backend {self.name}: device {device!r} cannot be used: {error}") from error
 
     @classmethod
     def available(cls) -> Verdict:
@@ -72,6 +77,13 @@ class Backend(Ops):
     def supports(self, op: str, facts: Facts) -> Verdict:
         """Whether `op` can serve a model with these facts. Asked once, at load; cheap and deterministic."""
         return Verdict(True, "no restriction")
+
+    def row_layout(self, kind: str, dim: int, rope: int, ratio: int, window: int = 0) -> RowLayout:
+        """Plain values, rounded as the profile says; a backend whose kernels read another layout returns that."""
+        if kind not in ("window", "entries", "index"):
+            raise ValueError(f"unknown kind of cache row {kind!r}: window, entries or index")
+        rounding, kept = (self.numerics.index, 0) if kind == "index" else (self.numerics.kv, rope)
+        return plain_rows(dim, kept, ratio, window, self.numerics.storage, rounding)
 
     @classmethod
     def origin(cls, op: str) -> Origin:

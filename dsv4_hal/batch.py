@@ -34,6 +34,7 @@ class Batch:
                   table shorter than the sequence
     rollback      tokens that a sequence may be cut back by; the compressor state keeps that many more
     plan          set by `Ops.plan`
+    owner         the cache that made it; None: made by hand
     """
 
     q_lens: Array
@@ -47,6 +48,7 @@ class Batch:
     window_block: int = 16
     rollback: int = 0
     plan: Plan | None = None
+    owner: object | None = field(default=None, repr=False)
     # derived
     starts: Array = field(init=False)  # [R] first flat token of each sequence
     seq_host: Array = field(init=False)  # [T] sequence of each token, -1 for padding
@@ -55,10 +57,11 @@ class Batch:
     positions: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.q_lens, self.context = _ints(self.q_lens, "q_lens"), _ints(self.context, "context")
+        self.q_lens, self.context = whole_numbers(self.q_lens, "q_lens"), whole_numbers(self.context, "context")
         if self.q_lens.shape != self.context.shape or self.q_lens.ndim != 1:
             raise ValueError(f"q_lens {self.q_lens.shape} and context {self.context.shape} must be equally long lists")
-        if (self.q_lens < 0).any() or (self.context < 0).any() or self.padding < 0:
+        self.padding = whole_number(self.padding, "padding")
+        if (self.q_lens < 0).any() or (self.context < 0).any():
             raise ValueError(f"lengths must not be negative: q_lens {self.q_lens}, context {self.context}")
         if not self.cached and self.context.any():
             raise ValueError("a batch without cache slots cannot have context: make it with Cache.batch")
@@ -73,7 +76,7 @@ class Batch:
     @classmethod
     def packed(cls, q_lens: Sequence[int], device: torch.device | str = "cpu", padding: int = 0) -> Batch:
         """Whole sequences side by side, without a cache (one-shot inference, packed training)."""
-        q = _ints(q_lens, "q_lens")
+        q = whole_numbers(q_lens, "q_lens")
         return cls(q, np.zeros_like(q), torch.device(device), padding)
 
     @property
@@ -89,11 +92,6 @@ class Batch:
     def lengths(self) -> Array:
         """[R] tokens of each sequence after this step."""
         return self.context + self.q_lens
-
-    @property
-    def last_tokens(self) -> Array:
-        """Flat index of the last token of every sequence that has one in this step."""
-        return (self.starts + self.q_lens - 1)[self.q_lens > 0]
 
     def require_plan(self) -> Plan:
         if self.plan is None:
@@ -137,9 +135,10 @@ class Plan:
     entries: dict[int, Entries]  # ratio -> entries completed now
     rope: dict[tuple[str, int], CosSin]  # (rope name, 1 | ratio) -> tables of tokens | of completed entries
     base: dict[int, Tensor]  # 1 | ratio -> [R] first packed row of each sequence (no cache)
-    write: dict[int, CosSin]  # 1 | ratio -> (rows of this step, physical rows of the pool they go to)
+    write: dict[int, tuple[Tensor, Tensor]]  # 1 | ratio -> (rows of this step, physical rows of the pool they go to)
     tables: dict[int, Tensor] = field(default_factory=dict)  # 1 | ratio -> block table on the device
     vendor: dict[str, Any] = field(default_factory=dict)
+    owner: object | None = field(default=None, repr=False)  # the model it was made for
 
 
 TILE_SIZES = (1, 8, 64)
@@ -164,13 +163,18 @@ def tiles(batch: Batch) -> tuple[Tile, ...]:
     return tuple(out)
 
 
+def state_ring(ratio: int, overlap: bool, rollback: int) -> int:
+    """Tokens that a compressor state keeps per slot: those of one entry, and as many more as may be taken back."""
+    return ratio * (2 if overlap else 1) + rollback
+
+
 def completed(batch: Batch, ratio: int, overlap: bool) -> tuple[Entries, Array, Array]:
     """Entries that `ratio` completes in this step, with their (seq, index) on the host.
 
     Entry i covers tokens i*ratio .. i*ratio + ratio - 1, with overlap also the `ratio` tokens before.
     """
     span = ratio * (2 if overlap else 1)
-    ring = span + batch.rollback
+    ring = state_ring(ratio, overlap, batch.rollback)
     first = batch.context // ratio
     counts = batch.lengths // ratio - first
     seq = np.repeat(np.arange(len(counts)), counts)
@@ -243,8 +247,16 @@ def upload(array: Array, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
 
 
-def _ints(values: Sequence[int] | Array, name: str) -> Array:
+def whole_numbers(values: Sequence[int] | Array, name: str) -> Array:
+    """values as int64; TypeError where one is not a whole number."""
     array = np.asarray(values)
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"{name} must be whole numbers, got {array.dtype}")
     return array.astype(np.int64)
+
+
+def whole_number(value: Any, name: str, least: int = 0) -> int:
+    """value as int; ValueError where it is not a whole number (a bool is none) of at least `least`."""
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__") or int(value) < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return int(value)

@@ -33,7 +33,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def init(
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist, or be empty.")],
-    preset: Annotated[str | None, typer.Option(help="v4-tiny, v4-flash or v4-pro.")] = None,
+    preset: Annotated[str | None, typer.Option(help="v4-tiny, v4-cmp, v4-flash or v4-pro.")] = None,
     config: Annotated[Path | None, typer.Option(help="Directory whose config.json gives the shape.")] = None,
     dtype: Annotated[str, typer.Option(help="fp8-fp4 (as published), bfloat16 or float32.")] = "fp8-fp4",
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
@@ -46,6 +46,7 @@ def init(
     if (preset is None) == (config is None):
         raise ValueError("give one of --preset and --config")
     cfg = named_preset(preset) if preset is not None else load_config(config or Path())
+    out = out.absolute()
     init_checkpoint(cfg, out, dtype=dtype, seed=seed)
     size = sum(f.stat().st_size for f in out.iterdir())
     typer.echo(f"{out}: random weights (seed {seed}), {dtype}, {size / 1e6:.1f} MB")
@@ -58,7 +59,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0, max=2**63 - 1)] = 0,
     backend: Annotated[str, typer.Option(help="Registered backend.")] = "reference",
     mode: Annotated[str, typer.Option(help="deployed (published numerics) or exact (float32).")] = "deployed",
     device: Annotated[str | None, typer.Option(help="Torch device; default the backend's.")] = None,
@@ -67,10 +68,17 @@ def generate(
 ) -> None:
     """Continue a text. The text goes to standard output, everything else to standard error."""
     from dsv4_hal.model.checkpoint import weights_are_random
+    from dsv4_hal.model.config import load_config
+    from dsv4_hal.model.generate import check_sampling
     from dsv4_hal.model.generate import generate as new_tokens
     from dsv4_hal.model.tokenizer import TextStream, encode, load_tokenizer
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    if sys.stdin is None or sys.stdout is None:
+        raise ValueError("standard input and standard output must be open")
+    check_sampling(temperature, top_p)  # whatever can be wrong is found before the weights are read
+    cfg = load_config(directory)
+    tokenizer = load_tokenizer(directory, cfg.vocab_size)
+    tokens = encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, cfg.bos_token_id)
     with _loading() as progress:
         model = dsv4_hal.load_model(
             directory,
@@ -81,10 +89,8 @@ def generate(
             shared_expert_clamp=shared_expert_clamp,
             progress=progress,
         )
-    tokenizer = load_tokenizer(directory, model.cfg.vocab_size)
     if weights_are_random(directory):
         notes.print("[yellow]The weights are random: expect noise, not language.[/]")
-    tokens = encode(tokenizer, text, model.cfg.bos_token_id)
     stream = TextStream(tokenizer)
     made, first, interrupted, start = 0, 0.0, False, time.perf_counter()
     try:
@@ -95,7 +101,7 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
-            stop={model.cfg.eos_token_id},
+            stop={cfg.eos_token_id},
         ):
             made += 1
             first = first or time.perf_counter()
@@ -140,16 +146,18 @@ class _loading:
 
 def main() -> None:
     """Run a verb; errors of input and environment become one line and an exit code."""
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     try:
         app()
     except dsv4_hal.BackendError as error:
         _fail(error, 3)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
         _fail(error, 2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _fail(error: Exception, code: int) -> None:
-    notes.print("[red]error:[/] " + escape(str(error)))
+    notes.print("[red]error:[/] " + escape(str(error) or type(error).__name__))
     sys.exit(code)

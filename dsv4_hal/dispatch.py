@@ -8,15 +8,11 @@ from functools import wraps
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from dsv4_hal.backend import Backend, Facts, Verdict
+from dsv4_hal.backend import Backend, BackendError, Facts, Verdict
 from dsv4_hal.formats import RowLayout, Weight
 from dsv4_hal.ops import OPS, Ops
 
 GROUP = "dsv4_hal.backends"
-
-
-class BackendError(RuntimeError):
-    """A backend that was asked for cannot be used. The message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +70,13 @@ def resolve(
     strict    raise BackendError where an op would not run as the first backend's own code or as a composite
     """
     facts, prefer = facts or {}, prefer or {}
+    if not backends or not all(prefer.values()):
+        raise BackendError(
+            "no backend to choose from: " + ("an op's preference is empty" if backends else "none given")
+        )
+    for other in backends[1:]:
+        if (other.numerics, other.device) != (backends[0].numerics, backends[0].device):
+            raise BackendError(f"{other.name} has another numeric profile or device than {backends[0].name}")
     by_name = {b.name: b for b in backends}
     unknown = [op for op in prefer if op not in OPS] + [
         n for names in prefer.values() for n in names if n not in by_name
@@ -123,8 +126,13 @@ def _checked(check: Callable[..., Any], ops: Ops, run: Callable[..., Any]) -> Ca
     return call
 
 
-def _registered() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+def _registered() -> dict[str, list[EntryPoint]]:
+    """Entry points by name: several where packages claim the same one."""
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=GROUP):
+        if entry.value not in [other.value for other in found.setdefault(entry.name, [])]:
+            found[entry.name].append(entry)
+    return found
 
 
 def backend_class(name: str) -> type[Backend]:
@@ -132,12 +140,16 @@ def backend_class(name: str) -> type[Backend]:
     registered = _registered()
     if name not in registered:
         raise BackendError(f"no backend is called {name!r}; registered: {', '.join(sorted(registered)) or 'none'}")
+    entry, *others = registered[name]
+    if others:
+        claims = ", ".join(e.value for e in registered[name])
+        raise BackendError(f"backend {name} is registered more than once: {claims}; uninstall all but one")
     try:
-        cls = registered[name].load()
+        cls = entry.load()
     except Exception as error:  # a vendor's package may fail in any way it likes
         raise BackendError(f"backend {name} does not load: {type(error).__name__}: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, Backend)):
-        raise BackendError(f"backend {name}: {registered[name].value} is not a subclass of dsv4_hal.backend.Backend")
+        raise BackendError(f"backend {name}: {entry.value} is not a subclass of dsv4_hal.backend.Backend")
     return cls
 
 

@@ -27,7 +27,6 @@ class Numerics:
     kv          format of the non-rotary channels of a KV row; None: not quantised
     index       format of indexer queries and keys; None: not quantised
     hadamard    whether indexer queries and keys are rotated by a Hadamard matrix first
-    matmul      arithmetic of matrix products: "ieee", or "tf32" / "hf32" where a device cannot do better
     """
 
     mode: str
@@ -40,7 +39,6 @@ class Numerics:
     kv: Format | None = None
     index: Format | None = None
     hadamard: bool = False
-    matmul: str = "ieee"
 
 
 def exact(dtype: torch.dtype = torch.float32) -> Numerics:

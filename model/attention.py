@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dsv4_hal.model.cache import layouts, overlaps
-from dsv4_hal.model.config import ModelConfig
+from dsv4_hal.model.cache import layouts
+from dsv4_hal.model.config import ModelConfig, overlaps
 from dsv4_hal.model.rope import rope_name
 from dsv4_hal.model.scope import Scope
 from dsv4_hal.model.step import Step

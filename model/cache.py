@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from dsv4_hal.batch import Batch
+from dsv4_hal.batch import Batch, upload, whole_number, whole_numbers
 from dsv4_hal.formats import RowLayout, new_pool
-from dsv4_hal.model.config import ModelConfig
+from dsv4_hal.model.config import ModelConfig, overlaps
 from dsv4_hal.ops import KV, Ops
 
 BLOCK_TOKENS = 256  # tokens of a block of compressed rows: 64 rows of ratio 4, 2 of ratio 128
@@ -31,11 +32,6 @@ class LayerCache:
     keys: KV | None = None
     state: Tensor | None = None
     index_state: Tensor | None = None
-
-
-def overlaps(ratio: int) -> bool:
-    """Blocks of ratio 4 overlap and are picked by an indexer (CSA); others do not, and are all seen (HCA)."""
-    return ratio == 4
 
 
 def layouts(cfg: ModelConfig, ops: Ops, ratio: int) -> dict[str, RowLayout]:
@@ -55,24 +51,20 @@ class Cache:
     def __init__(
         self, cfg: ModelConfig, ops: Ops, batch_size: int, max_seq_len: int, max_chunk: int, rollback: int
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("max_seq_len", max_seq_len, 1),
-            ("max_chunk", max_chunk, 1),
-            ("rollback", rollback, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        if max_seq_len > cfg.max_position_embeddings:
+        self.batch_size = whole_number(batch_size, "batch_size", 1)
+        self.max_seq_len = whole_number(max_seq_len, "max_seq_len", 1)
+        self.max_chunk = min(whole_number(max_chunk, "max_chunk", 1), self.max_seq_len)
+        self.rollback = whole_number(rollback, "rollback")
+        if self.max_seq_len > cfg.max_position_embeddings:
             raise ValueError(f"max_seq_len {max_seq_len} is beyond the model's {cfg.max_position_embeddings} positions")
-        self.ops, self.batch_size, self.max_seq_len = ops, batch_size, max_seq_len
-        self.max_chunk, self.rollback = min(max_chunk, max_seq_len), rollback
-        self._lengths = np.zeros(batch_size, np.int64)
-        self._written = np.zeros(batch_size, np.int64)  # furthest position ever written since the sequence began
-        ring = min(max_seq_len, cfg.sliding_window - 1 + max(self.max_chunk, rollback))
-        self.window_table = _deal(batch_size, -(-ring // WINDOW_BLOCK))
-        self.token_table = _deal(batch_size, -(-max_seq_len // BLOCK_TOKENS))
-        self.layers = [self._layer(cfg, ratio) for ratio in cfg.compress_ratios[: cfg.num_hidden_layers]]
+        self.cfg, self.ops = cfg, ops
+        self._lengths = np.zeros(self.batch_size, np.int64)
+        self._written = np.zeros(self.batch_size, np.int64)  # furthest position ever written since the sequence began
+        ring = min(self.max_seq_len, cfg.sliding_window - 1 + max(self.max_chunk, self.rollback))
+        self.window_table = _deal(self.batch_size, -(-ring // WINDOW_BLOCK))
+        self.token_table = _deal(self.batch_size, -(-self.max_seq_len // BLOCK_TOKENS))
+        with torch.inference_mode(False):  # so that the cache can be used in and outside of inference mode
+            self.layers = [self._layer(cfg, ratio) for ratio in cfg.layer_ratios]
 
     def _layer(self, cfg: ModelConfig, ratio: int) -> LayerCache:
         found = layouts(cfg, self.ops, ratio)
@@ -118,30 +110,31 @@ class Cache:
         ValueError where a sequence is named twice, overflows max_seq_len or max_chunk, or was left in the middle of a
         step that failed.
         """
-        chosen = list(range(self.batch_size)) if sequences is None else list(sequences)
-        if len(q_lens) != len(chosen) or len(set(chosen)) != len(chosen):
-            raise ValueError(f"{len(q_lens)} lengths for sequences {chosen}: need one per sequence, each named once")
-        for sequence, count in zip(chosen, q_lens, strict=True):
-            self._check(sequence)
-            length = int(self._lengths[sequence])
-            if count > self.max_chunk:
+        slots = np.arange(self.batch_size) if sequences is None else whole_numbers(sequences, "sequences")
+        counts = whole_numbers(q_lens, "q_lens")
+        if counts.shape != slots.shape or len(np.unique(slots)) != len(slots):
+            raise ValueError(f"{len(counts)} lengths for sequences {slots.tolist()}: need one per sequence, named once")
+        for sequence in slots[(slots < 0) | (slots >= self.batch_size)]:
+            self._sequence(int(sequence))
+        held = self._lengths[slots]
+        for wrong, why in (
+            (counts < 0, "lengths must not be negative"),
+            (counts > self.max_chunk, f"more tokens in one step than the cache's max_chunk={self.max_chunk}"),
+            (held + counts > self.max_seq_len, f"more tokens than the cache's max_seq_len={self.max_seq_len}"),
+            (
+                (held > 0) & (held < self._written[slots] - self.rollback),
+                "was left in the middle of a step that failed",
+            ),
+        ):
+            if wrong.any():
+                first = int(wrong.argmax())
+                hint = f"; call truncate(0, {slots[first]}) and prefill it again" if "failed" in why else ""
                 raise ValueError(
-                    f"sequence {sequence}: {count} tokens in one step, "
-                    f"the cache was made for max_chunk={self.max_chunk}"
+                    f"sequence {slots[first]}, {held[first]} tokens and {counts[first]} new ones: {why}{hint}"
                 )
-            if length + count > self.max_seq_len:
-                raise ValueError(
-                    f"sequence {sequence}: {length} + {count} tokens exceed the cache's max_seq_len={self.max_seq_len}"
-                )
-            if length and length < self._written[sequence] - self.rollback:
-                raise ValueError(
-                    f"sequence {sequence} was left in the middle of a step that failed at {length} tokens; "
-                    f"call truncate(0, {sequence}) and prefill it again"
-                )
-        slots = np.asarray(chosen, np.int64)
         return Batch(
-            np.asarray(q_lens, np.int64),
-            self._lengths[slots],
+            counts,
+            held,
             self.ops.device,
             padding,
             slots,
@@ -150,13 +143,15 @@ class Cache:
             BLOCK_TOKENS,
             WINDOW_BLOCK,
             self.rollback,
+            owner=self,
         )
 
     def begin(self, batch: Batch) -> None:
-        """A step is about to write. ValueError if the batch was not made for the cache as it is now."""
-        if batch.slots is None or (self._lengths[batch.slots] != batch.context).any():
+        """A step is about to write. ValueError if the batch was not made by this cache as it is now."""
+        if batch.owner is not self or batch.slots is None or (self._lengths[batch.slots] != batch.context).any():
             raise ValueError("this batch was not made by this cache's batch(), or the cache has moved on since")
-        self._written[batch.slots] = np.maximum(self._written[batch.slots], batch.lengths)
+        before = np.where(batch.context == 0, 0, self._written[batch.slots])  # a new sequence reads nothing old
+        self._written[batch.slots] = np.maximum(before, batch.lengths)
 
     def commit(self, batch: Batch) -> None:
         """The step is done: its tokens belong to their sequences."""
@@ -168,9 +163,9 @@ class Cache:
         At most `rollback` tokens behind the furthest token ever written, or to 0, which is always possible; beyond
         that ValueError, and nothing changes.
         """
-        chosen = range(self.batch_size) if sequence is None else [sequence]
+        length = whole_number(length, "length")
+        chosen = range(self.batch_size) if sequence is None else [self._sequence(sequence)]
         for s in chosen:
-            self._check(s)
             held, written = int(self._lengths[s]), int(self._written[s])
             if not 0 <= length <= held:
                 raise ValueError(f"sequence {s} holds {held} tokens and cannot be cut to {length}")
@@ -183,29 +178,37 @@ class Cache:
             self._lengths[s] = length
             if length == 0:
                 self._written[s] = 0
+                for state in self._states():
+                    self.ops.state_reset(state, s)
 
     def fork(self, source: int, target: int) -> None:
         """Sequence `target` becomes an independent copy of sequence `source`; what it held is lost."""
-        self._check(source)
-        self._check(target)
+        source, target = self._sequence(source), self._sequence(target)
         if source == target:
             return
+        token_blocks = -(-int(self._lengths[source]) // BLOCK_TOKENS)
+        ring_blocks = -(-int(self._written[source]) // WINDOW_BLOCK)  # at most the whole ring, by slicing
         for layer in self.layers:
-            for pool, table in (
-                (layer.window, self.window_table),
-                (layer.entries, self.token_table),
-                (layer.keys, self.token_table),
+            for pool, table, blocks in (
+                (layer.window, self.window_table, ring_blocks),
+                (layer.entries, self.token_table, token_blocks),
+                (layer.keys, self.token_table, token_blocks),
             ):
                 if pool is not None:
-                    pool.data[table[target].tolist()] = pool.data[table[source].tolist()]
-            for state in (layer.state, layer.index_state):
-                if state is not None:
-                    self.ops.state_copy(state, source, target)
+                    copied, onto = (upload(table[s, :blocks], self.ops.device) for s in (source, target))
+                    pool.data[onto] = pool.data[copied]
+        for state in self._states():
+            self.ops.state_copy(state, source, target)
         self._lengths[target], self._written[target] = self._lengths[source], self._written[source]
 
-    def _check(self, sequence: int) -> None:
-        if not 0 <= sequence < self.batch_size:
-            raise ValueError(f"sequence {sequence} of a cache of {self.batch_size}")
+    def _states(self) -> list[Tensor]:
+        return [s for layer in self.layers for s in (layer.state, layer.index_state) if s is not None]
+
+    def _sequence(self, sequence: int) -> int:
+        found = whole_number(sequence, "sequence")
+        if found >= self.batch_size:
+            raise ValueError(f"sequence {found} of a cache of {self.batch_size}")
+        return found
 
 
 def _deal(sequences: int, blocks: int) -> np.ndarray:

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -209,6 +210,8 @@ def _read(spec: WeightSpec, files: _Files, found: Mapping[str, Stored], cfg: Mod
                 f"{found[first].file}: tensor {first} names experts {int(data.min())}..{int(data.max())}, "
                 f"n_routed_experts is {cfg.n_routed_experts}"
             )
+        if data.dim() == 1 and not bool(data.isfinite().all()):  # one NaN here spoils choices, not only values
+            raise CheckpointError(f"{found[first].file}: tensor {first} holds NaN or infinity")
         return data
     scale, scale_dtype = None, None
     if scale_name(first) in found:
@@ -236,8 +239,8 @@ def _join(spec: WeightSpec, sources: Iterable[Iterable[str]], files: _Files, fou
 def _listed(directory: Path) -> tuple[Path, dict[str, list[str]]]:
     """The file that says where tensors are, and the tensors that it places in each data file, by file name.
 
-    Like transformers, a single model.safetensors comes before an index, and then nothing is placed: what it holds is
-    what there is. An index beside it that names other files contradicts it, and is an error.
+    Without an index, a single model.safetensors is taken for what it holds: nothing is placed. With both, the index
+    must name that file and no other; anything else is a contradiction, and an error.
     """
     single, index = directory / SINGLE, directory / INDEX
     if not directory.is_dir():
@@ -254,7 +257,7 @@ def _listed(directory: Path) -> tuple[Path, dict[str, list[str]]]:
             if not isinstance(file, str) or Path(file).name != file:
                 raise ValueError(f"tensor {name} must be in a file of this directory, got {file!r}")
             files[file].append(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not an index with a weight_map: {error!r}") from error
     if not files:
         raise CheckpointError(f"{index}: its weight_map is empty")
@@ -314,7 +317,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
                 return f"truncated: {size} bytes, the header alone takes {8 + length}"
             header = json.loads(file.read(length))
         ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return plain
     cut = sorted((end, name) for name, end in ends.items() if 8 + length + end > size)
     if not cut:
@@ -411,10 +414,13 @@ def save_checkpoint(
     target = Path(directory).absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target}: exists and is not an empty directory; nothing is overwritten")
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    if target.is_symlink() or os.path.ismount(target) or target == Path.cwd():
+        raise CheckpointError(
+            f"{target}: is a link, a mount point or the current directory; name a new directory in it"
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.partial-", dir=target.parent))
         try:
             _write(partial, target, cfg, tensors, max_shard_bytes, {"format": "pt", **(metadata or {})})
             partial.rename(target)
@@ -468,8 +474,13 @@ def _write(
         placed = {tensor: name for name, held_names in zip(names, shards, strict=True) for tensor in held_names}
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))})
     _write_json(folder / "config.json", cfg.to_dict())
-    for path in [*folder.iterdir(), folder]:
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)  # safetensors writes for the owner only
         _sync(path)
+    _sync(folder)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

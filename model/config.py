@@ -137,6 +137,11 @@ class ModelConfig:
         return out | {key: _plain(value) for key, value in self.dspark}
 
 
+def overlaps(ratio: int) -> bool:
+    """Blocks of ratio 4 overlap and are picked by an indexer (CSA); others do not, and are all seen (HCA)."""
+    return ratio == 4
+
+
 # Keys of config.json whose value says nothing about the computation: ignored.
 BOOKKEEPING = frozenset(
     {
@@ -189,7 +194,7 @@ def load_config(directory: str | os.PathLike[str]) -> ModelConfig:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
     return ModelConfig.from_dict(values, str(path))
 
@@ -319,14 +324,24 @@ def _check_family(values: Mapping[str, Any], source: str) -> None:
 _MAY_BE_ZERO = frozenset({"num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id"})
 
 
+_MOST = {"hc_sinkhorn_iters": 1000, "n_routed_experts": 1 << 16, "num_hidden_layers": 1 << 12}
+
+
 def _out_of_range(cfg: ModelConfig) -> Iterator[str]:
-    """Integers are at least 1 (some 0), numbers positive."""
+    """Integers are at least 1 (some 0) and at most 2^31 - 1 (Sinkhorn iterations 1000), numbers positive, finite as
+    float32; a rotary base exceeds 1."""
     for part, prefix in ((cfg, ""), (cfg.rope_scaling, "rope_scaling.")):
         for field in fields(part) if part is not None else ():
             value = getattr(part, field.name)
             if field.type == "int" and value < (field.name not in _MAY_BE_ZERO):
                 least = 0 if field.name in _MAY_BE_ZERO else 1
                 yield f"{prefix}{field.name} must be at least {least}, got {value}"
+            elif field.type == "int" and value > _MOST.get(field.name, 2**31 - 1):
+                yield f"{prefix}{field.name} must be at most {_MOST.get(field.name, 2**31 - 1)}, got {value}"
+            elif field.name.endswith("rope_theta") and not 1 < value < 1e30:
+                yield f"{prefix}{field.name} must exceed 1, got {value}"
+            elif str(field.type).startswith("float") and value is not None and value > 3e38:
+                yield f"{prefix}{field.name} must be finite as float32, got {value}"
             elif str(field.type).startswith("float") and value is not None and not value > 0:
                 null = " (null: no clamp)" if field.name == "swiglu_limit" else ""
                 yield f"{prefix}{field.name} must be positive{null}, got {value}"

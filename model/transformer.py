@@ -11,9 +11,9 @@ from torch import Tensor
 from dsv4_hal.batch import Batch
 from dsv4_hal.formats import Weight
 from dsv4_hal.model.block import Block
-from dsv4_hal.model.cache import Cache, overlaps
+from dsv4_hal.model.cache import Cache
 from dsv4_hal.model.checkpoint import save_checkpoint, unstack
-from dsv4_hal.model.config import ModelConfig
+from dsv4_hal.model.config import ModelConfig, overlaps
 from dsv4_hal.model.hyper_connection import Head
 from dsv4_hal.model.mtp import Mtp
 from dsv4_hal.model.rope import inverse_frequencies
@@ -40,7 +40,7 @@ class Model:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.cfg, self.ops, self.weights, self.metadata = cfg, ops, weights, dict(metadata or {})
-        scope, ratios = Scope(weights), cfg.compress_ratios[: cfg.num_hidden_layers]
+        scope, ratios = Scope(weights), cfg.layer_ratios
         self.embed = scope.matrix("embed")
         self.layers = [
             Block(cfg, ops, scope.below(f"layers.{i}"), i, ratio, shared_clamp) for i, ratio in enumerate(ratios)
@@ -48,7 +48,7 @@ class Model:
         self.head = Head(cfg, ops, scope, scope)
         has_mtp = "mtp.0.e_proj" in scope
         self.mtp = Mtp(cfg, ops, scope.below("mtp.0"), scope, shared_clamp) if has_mtp else None
-        self.ropes = inverse_frequencies(cfg)
+        self.ropes = {name: f.to(ops.device) for name, f in inverse_frequencies(cfg).items()}
         self.ratios = {ratio: overlaps(ratio) for ratio in sorted(set(ratios)) if ratio}
 
     def new_cache(self, batch_size: int, max_seq_len: int, max_chunk: int | None = None, rollback: int = 0) -> Cache:
@@ -59,7 +59,8 @@ class Model:
         max_chunk    tokens of one sequence in one step (default max_seq_len); the window ring is sized for it
         rollback     tokens that `Cache.truncate` may take back
         """
-        return Cache(self.cfg, self.ops, batch_size, max_seq_len, max_chunk or max_seq_len, rollback)
+        chunk = max_seq_len if max_chunk is None else max_chunk
+        return Cache(self.cfg, self.ops, batch_size, max_seq_len, chunk, rollback)
 
     def __call__(self, tokens: Tensor, cache: Cache | None = None, logits_to_keep: int | None = None) -> Tensor:
         """Logits of tokens [B, S] int64 -> [B, S, V] float32 (float64 in a float64 profile).
@@ -67,8 +68,8 @@ class Model:
         cache           None: one shot. Otherwise sequence b of the cache continues with tokens[b], for all of them.
         logits_to_keep  only the last so many positions
         """
-        if tokens.dim() != 2:
-            raise ValueError(f"tokens must be [B, S], got {tuple(tokens.shape)}")
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+            raise ValueError(f"tokens must be a tensor [B, S], got {getattr(tokens, 'shape', type(tokens).__name__)}")
         count, length = tokens.shape
         if cache is not None and count != cache.batch_size:
             raise ValueError(
@@ -94,16 +95,20 @@ class Model:
         """Logits of the flat tokens [T] of a ragged step -> [T, V], or [len(rows), V] for the flat rows named.
 
         batch  `Batch.packed(...)` without a cache, `cache.batch(...)` with one, whose sequences then hold the tokens
+        cache  a step with a cache is not differentiable: train on packed batches
         trace  records what layers saw, or replays choices of experts and entries
         """
-        step = self._begin(tokens, batch, cache, trace)
-        streams = self.streams(step)
-        logits = self.head(streams if rows is None else streams[rows.to(streams.device)])
+        if rows is not None and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < batch.tokens:
+            raise ValueError(f"rows {int(rows.min())}..{int(rows.max())} of a step of {batch.tokens} tokens")
+        with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):  # pools hold bytes, not a graph
+            step = self._begin(tokens, batch, cache, trace)
+            streams = self.streams(step)
+            logits = self.head(streams if rows is None else streams[rows.to(streams.device)])
         if cache is not None:
             cache.commit(batch)
         return logits
 
-    def mtp_logits(self, tokens: Tensor, next_tokens: Tensor) -> Tensor:
+    def mtp_logits(self, tokens: Tensor, next_tokens: Tensor, *, trace: Trace | None = None) -> Tensor:
         """Logits of the token after the next, in one shot: tokens, next_tokens [B, S] int64 -> [B, S, V].
 
         next_tokens[b, s] is the token that follows tokens[b, s]. ValueError if the checkpoint has no MTP block.
@@ -115,10 +120,10 @@ class Model:
                 f"tokens {tuple(tokens.shape)} and next_tokens {tuple(next_tokens.shape)} must be alike [B, S]"
             )
         count, length = tokens.shape
-        step = self._begin(tokens.flatten(), Batch.packed([length] * count, self.ops.device), None, None)
+        step = self._begin(tokens.flatten(), Batch.packed([length] * count, self.ops.device), None, trace)
         following = self._tokens(next_tokens.flatten())
         streams = self.streams(step)
-        mtp_step = Step(following, step.batch)
+        mtp_step = Step(following, step.batch, trace=step.trace)
         return self.mtp(streams, self.ops.embedding(following, self.embed), mtp_step).unflatten(0, (count, length))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -143,13 +148,22 @@ class Model:
         return streams
 
     def plan(self, batch: Batch) -> Batch:
-        return self.ops.plan(batch, self.ratios, self.ropes)
+        """Make the batch's plan for this model; `step` does so by itself."""
+        self.ops.plan(batch, self.ratios, self.ropes).require_plan().owner = self
+        return batch
 
     def _begin(self, tokens: Tensor, batch: Batch, cache: Cache | None, trace: Trace | None) -> Step:
         if tokens.shape != (batch.tokens,):
             raise ValueError(f"tokens {tuple(tokens.shape)} for a batch of {batch.tokens}")
         if batch.cached != (cache is not None):
             raise ValueError("a batch made by a cache needs that cache, and Batch.packed none")
+        if cache is not None and (cache.cfg != self.cfg or cache.ops is not self.ops):
+            raise ValueError("this cache was made by another model's new_cache()")
+        if batch.plan is not None and batch.plan.owner is not self:
+            raise ValueError("this batch was planned by another model")
+        longest = int(batch.lengths.max(initial=0))
+        if longest > self.cfg.max_position_embeddings:
+            raise ValueError(f"{longest} tokens exceed the model's {self.cfg.max_position_embeddings} positions")
         tokens = self._tokens(tokens)
         if batch.plan is None:
             self.plan(batch)

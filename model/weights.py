@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from dsv4_hal.formats.types import FORMATS
-from dsv4_hal.model.config import ModelConfig
+from dsv4_hal.model.config import ModelConfig, overlaps
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _attention(cfg: ModelConfig, prefix: str, ratio: int) -> Iterator[WeightSpec
     yield _spec(f"{prefix}wo_b.weight", (d, latent), formats["fp8"], "in")
     if ratio:
         yield from _compressor(cfg, f"{prefix}compressor.", ratio, width)
-    if ratio == 4:
+    if overlaps(ratio):
         index = f"{prefix}indexer."
         yield _spec(f"{index}wq_b.weight", (cfg.index_n_heads * cfg.index_head_dim, q), formats["fp8"], "out")
         yield _spec(f"{index}weights_proj.weight", (cfg.index_n_heads, d), formats["bf16"], "out")
@@ -164,7 +164,7 @@ def _attention(cfg: ModelConfig, prefix: str, ratio: int) -> Iterator[WeightSpec
 
 
 def _compressor(cfg: ModelConfig, prefix: str, ratio: int, width: int) -> Iterator[WeightSpec]:
-    rows = 2 * width if ratio == 4 else width  # at ratio 4 windows overlap: one half for each of the two they are in
+    rows = 2 * width if overlaps(ratio) else width  # blocks overlap: half for each of the two
     plain = _formats(cfg)["bf16"]
     yield _spec(f"{prefix}ape", (ratio, rows), "fp32")
     yield _spec(f"{prefix}wkv.weight", (rows, cfg.hidden_size), plain)

@@ -70,10 +70,12 @@ def test_exact_mode_and_an_empty_prompt(checkpoint: Path) -> None:
         (("--backend", "null"), 2, "computes shapes, not values"),
         (("--mode", "fast"), 2, "unknown mode 'fast': exact or deployed"),
         (("--top-p", "0"), 2, r"top_p must lie in (0, 1]"),
+        (("--temperature", "inf"), 2, "temperature must be zero or positive, got inf"),
         (("--temperature", "-1"), 2, "--temperature"),
         (("--max-new-tokens", "0"), 2, "--max-new-tokens"),
         (("--max-new-tokens", "70000"), 2, "exceed the model's 65536 positions"),
-        (("--device", "nonsense"), 2, "nonsense"),
+        (("--device", "nonsense"), 3, "device 'nonsense' cannot be used"),
+        (("--device", "cuda"), 3, "device 'cuda' cannot be used"),
     ],
 )
 def test_bad_options(checkpoint: Path, arguments: tuple[str, ...], code: int, text: str) -> None:

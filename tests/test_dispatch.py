@@ -14,7 +14,7 @@ from dsv4_hal.backend import Backend, Facts, Origin, Verdict
 from dsv4_hal.backends.null import Null
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.dispatch import BackendError, backend_class, list_backends, resolve
-from dsv4_hal.numerics import exact
+from dsv4_hal.numerics import deployed, exact
 from dsv4_hal.ops import OPS, ContractError
 
 PRIMITIVES = [name for name, spec in OPS.items() if not spec.composite]
@@ -198,5 +198,23 @@ def test_an_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(EntryPoint, "load", lambda self: Absent)
     monkeypatch.setattr(dispatch, "entry_points", entries(absent="any:thing"))
     assert list_backends() == [dispatch.BackendInfo("absent", False, "no such card")]
-    with pytest.raises(RuntimeError, match="absent is not available: no such card"):
+    with pytest.raises(RuntimeError, match="absent cannot be used here: no such card"):
         Absent(exact())
+
+
+def test_backends_that_compute_differently_are_not_mixed() -> None:
+    with pytest.raises(BackendError, match="reference has another numeric profile or device than half"):
+        resolve([Half(deployed()), Reference(exact())])
+
+
+def test_nothing_to_choose_from() -> None:
+    with pytest.raises(BackendError, match="none given"):
+        resolve([])
+    with pytest.raises(BackendError, match="preference is empty"):
+        resolve([REFERENCE], prefer={"mlp": []})
+
+
+def test_a_name_that_two_packages_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [EntryPoint("reference", value, dispatch.GROUP) for value in ("one:A", "two:B")]
+    monkeypatch.setattr(dispatch, "entry_points", lambda group: both)
+    assert "registered more than once: one:A, two:B" in list_backends()[0].reason

@@ -12,20 +12,11 @@ from dsv4_hal.backends.null.hyper_connection import HyperConnection
 from dsv4_hal.backends.null.moe import Moe
 from dsv4_hal.backends.null.norm_rope import NormRope
 from dsv4_hal.backends.null.sampling import Sampling
-from dsv4_hal.formats import RowLayout, plain_rows
 
 
 class Null(Attention, Cache, Moe, HyperConnection, NormRope, Gemm, Sampling, Backend):
     name = "null"
     device_type = "meta"
-
-    def row_layout(self, kind: str, dim: int, rope: int, ratio: int, window: int = 0) -> RowLayout:
-        """Plain rows, as the reference keeps them."""
-        if kind not in ("window", "entries", "index"):
-            raise ValueError(f"unknown kind of cache row {kind!r}: window, entries or index")
-        rounding = self.numerics.index if kind == "index" else self.numerics.kv
-        kept = 0 if kind == "index" else rope
-        return plain_rows(dim, kept, ratio, window, self.numerics.storage, rounding)
 
 
 __all__ = ["Null"]

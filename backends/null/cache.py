@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsv4_hal import ops
 from dsv4_hal.backends.null.gemm import empty
-from dsv4_hal.batch import Batch, make_plan
+from dsv4_hal.batch import Batch, make_plan, state_ring
 from dsv4_hal.formats import RowLayout
 from dsv4_hal.ops import KV
 
@@ -25,7 +25,7 @@ class Cache(ops.Cache):
         return empty(stop - start, kv.layout.dim, dtype=self.numerics.storage)
 
     def state_new(self, slots: int, ratio: int, overlap: bool, width: int, rollback: int = 0) -> Tensor:
-        ring = ratio * (2 if overlap else 1) + rollback
+        ring = state_ring(ratio, overlap, rollback)
         return empty(slots, ring, 2, width, dtype=self.numerics.accumulate)
 
     def state_copy(self, state: Tensor, source: int, target: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4_hal import formats, ops
-from dsv4_hal.batch import Batch, Entries, make_plan
+from dsv4_hal.batch import Batch, Entries, make_plan, state_ring
 from dsv4_hal.formats import RowLayout
 from dsv4_hal.ops import KV
 
@@ -33,7 +33,7 @@ class Cache(ops.Cache):
 
     def state_new(self, slots: int, ratio: int, overlap: bool, width: int, rollback: int = 0) -> Tensor:
         """[slots, ring, 2, width]: rows, then gates, of position p at p modulo ring."""
-        ring = ratio * (2 if overlap else 1) + rollback
+        ring = state_ring(ratio, overlap, rollback)
         return torch.zeros(slots, ring, 2, width, dtype=self.numerics.accumulate, device=self.device)
 
     def state_copy(self, state: Tensor, source: int, target: int) -> None:

@@ -22,7 +22,7 @@ class Gemm(ops.Gemm):
     def linear(
         self, x: Tensor | QTensor, w: Weight, out_dtype: torch.dtype | None = None, *, out: Tensor | None = None
     ) -> Tensor:
-        y = F.linear(self._input(x, w), formats.dequantize(w, self.numerics.accumulate))
+        y = F.linear(self._input(x, w), values(w, self.numerics.accumulate))
         return emit(y.to(out_dtype or self.numerics.storage), out)
 
     def grouped_linear(
@@ -36,7 +36,7 @@ class Gemm(ops.Gemm):
     ) -> Tensor:
         x, bounds = self._input(rows, w), offsets.tolist()
         parts = [
-            F.linear(x[start:stop], formats.dequantize(w[expert], self.numerics.accumulate))
+            F.linear(x[start:stop], values(w[expert], self.numerics.accumulate))
             for expert, (start, stop) in enumerate(pairwise(bounds))
             if stop > start
         ]
@@ -45,7 +45,7 @@ class Gemm(ops.Gemm):
 
     def block_diagonal_linear(self, x: Tensor, w: Weight, *, out: Tensor | None = None) -> Tensor:
         wide = self.numerics.accumulate
-        rounded = formats.dequantize(w, self.numerics.storage).to(wide)
+        rounded = values(w, self.numerics.storage).to(wide)
         y = torch.bmm(x.to(wide).transpose(0, 1), rounded.transpose(1, 2)).transpose(0, 1)
         return emit(y.to(self.numerics.storage), out)
 
@@ -58,6 +58,13 @@ class Gemm(ops.Gemm):
             return formats.dequantize(x, self.numerics.accumulate)
         fmt = self.numerics.activation
         return (x if fmt is None or w.format.plain else formats.simulate(x, fmt)).to(self.numerics.accumulate)
+
+
+def values(w: Weight, dtype: torch.dtype) -> Tensor:
+    """A weight's values. ContractError if another backend has rearranged it: its bytes would be misread."""
+    if w.layout != "checkpoint":
+        raise ops.ContractError(f"{w.name or 'weight'} is arranged as {w.layout}, the reference reads checkpoint order")
+    return formats.dequantize(w, dtype)
 
 
 def emit(y: Tensor, out: Tensor | None) -> Tensor:

@@ -15,9 +15,12 @@ class Sampling(ops.Sampling):
         if temperature == 0:
             ids = torch.arange(logits.shape[1], device=logits.device)
             return torch.where(logits == logits.amax(-1, keepdim=True), ids, logits.shape[1] - 1).amin(-1)
-        p = (logits.to(self.numerics.accumulate) / temperature).softmax(-1)
+        x = logits.to(self.numerics.accumulate)
+        p = ((x - x.amax(-1, keepdim=True)) / temperature).softmax(-1)  # a small temperature cannot overflow
         if top_p < 1:
             ranked, order = p.sort(dim=-1, descending=True, stable=True)
             before = ranked.cumsum(-1) - ranked
-            p = torch.zeros_like(p).scatter(-1, order, ranked.masked_fill(before >= top_p, 0))
+            first = torch.zeros(1, dtype=order.dtype, device=order.device)
+            dropped = (before >= top_p).index_fill(-1, first, False)  # never the likeliest
+            p = torch.zeros_like(p).scatter(-1, order, ranked.masked_fill(dropped, 0))
         return torch.multinomial(p, 1, generator=generator)[:, 0]

@@ -24,6 +24,7 @@ class Ops(Attention, Cache, Moe, HyperConnection, Sampling):
         kind    "window" (a row per token), "entries" (compressed; in both the last `rope` channels stay unrounded) or
                 "index" (indexer keys)
         ratio   tokens per row; window: keys a token sees, itself included (kind "window" only)
+        ValueError for another kind, or for widths that the layout cannot hold
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it stores {kind} rows")
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from dsv4_hal.batch import Batch, CosSin
 from dsv4_hal.formats import Weight
-from dsv4_hal.ops.cache import KV
+from dsv4_hal.ops.cache import KV, require_rows
 from dsv4_hal.ops.cases import attention as cases
 from dsv4_hal.ops.gemm import Gemm
 from dsv4_hal.ops.norm_rope import NormRope
-from dsv4_hal.ops.spec import Compare, ContractError, Tolerance, composite, primitive
+from dsv4_hal.ops.spec import Compare, ContractError, Tolerance, check_out, composite, primitive
 
 _ATTENTION = Tolerance(Compare.NMSE, 4.0, "exponentials, the running maximum and the order over keys are free")
 _PICKS = Tolerance(Compare.SELECTION, 4.0, "scores within their own rounding error of the k-th may change places")
@@ -45,6 +45,7 @@ class Attention(Gemm, NormRope):
             raise ContractError(f"index_topk: weights {tuple(weights.shape)}, need {tuple(q.shape[:2])}")
         if k < 1 or keys.layout.ratio < 2:
             raise ContractError(f"index_topk: k {k} must be positive and keys compressed (ratio {keys.layout.ratio})")
+        require_rows("index_topk", keys, batch)
 
     @primitive(_ATTENTION, cases.sparse_attention)
     def sparse_attention(
@@ -79,8 +80,8 @@ class Attention(Gemm, NormRope):
             raise ContractError(
                 f"sparse_attention: q {tuple(q.shape)} for {batch.tokens} tokens and rows of {window_kv.layout.dim}"
             )
-        if window_kv.layout.ratio != 1 or window_kv.layout.window < 1:
-            raise ContractError("sparse_attention: window_kv must hold a row per token and name its window")
+        if window_kv.layout.ratio != 1:
+            raise ContractError("sparse_attention: window_kv must hold a row per token")
         if sink.shape != q.shape[1:2]:
             raise ContractError(f"sparse_attention: sink {tuple(sink.shape)}, need [{q.shape[1]}]")
         if entries is not None and (entries.layout.ratio < 2 or entries.layout.dim != q.shape[-1]):
@@ -93,6 +94,10 @@ class Attention(Gemm, NormRope):
             raise ContractError(
                 f"sparse_attention: picks {picks.dtype} {tuple(picks.shape)} need entries and [{q.shape[0]}, K] int64"
             )
+        for kv in (window_kv, entries):
+            if kv is not None:
+                require_rows("sparse_attention", kv, batch)
+        check_out("sparse_attention", out, q.shape, q.dtype)
 
     @composite(_PROJECT, cases.output_proj)
     def output_proj(self, x: Tensor, cos_sin: CosSin, wo_a: Weight, wo_b: Weight) -> Tensor:

@@ -41,6 +41,12 @@ class KV:
         return self.rows > 0
 
 
+def require_rows(op: str, kv: KV, batch: Batch) -> None:
+    """Packed rows are those of one step without context."""
+    if not kv.paged and batch.context.any():
+        raise ContractError(f"{op}: packed rows hold one step's only, and this batch has context")
+
+
 class CompressorWeights(NamedTuple):
     """wkv, wgate [coff * c, d] plain; ape [ratio, coff * c]; norm [c]. coff = 2 where blocks overlap, else 1."""
 
@@ -76,6 +82,10 @@ class Cache(Gemm, NormRope):
         window - 1 + the longest chunk, or keys are overwritten before they are attended.
         """
         plan = batch.require_plan()
+        if layout.ratio > 1 and layout.ratio not in plan.entries:
+            raise ContractError(f"kv_store: ratio {layout.ratio} was not planned")
+        if pool is None and batch.context.any():
+            raise ContractError("kv_store: rows before this step lie in a pool, packed rows hold this step's only")
         want = batch.tokens if layout.ratio == 1 else plan.entries[layout.ratio].count
         if rows.shape != (want, layout.dim):
             raise ContractError(
@@ -88,18 +98,27 @@ class Cache(Gemm, NormRope):
             need = min(layout.window - 1 + int(batch.q_lens.max()), int(batch.lengths.max()))
             if ring < need:
                 raise ContractError(f"kv_store: a window ring of {ring} rows cannot hold {need}: window - 1 + chunk")
+        if pool is not None and layout.ratio > 1 and batch.token_table is not None and len(batch.q_lens):
+            room = batch.token_table.shape[1] * batch.block_tokens
+            if room < batch.lengths.max():
+                raise ContractError(f"kv_store: a table of {room} tokens cannot hold {int(batch.lengths.max())}")
 
     @primitive(_COPY, cases.kv_load)
     def kv_load(self, kv: KV, batch: Batch, sequence: int, start: int, stop: int) -> Tensor:
         """Rows start .. stop - 1 (positions, or entry numbers) of one sequence -> [stop - start, dim] in storage.
 
-        For ratio 1 only positions still in the ring can be loaded. Packed rows start at the first row of this step.
+        Raises ContractError for rows that are not there: beyond the sequence, or, for ratio 1, no longer in the ring.
         """
         if not 0 <= sequence < len(batch.q_lens):
             raise ContractError(f"kv_load: sequence {sequence} of {len(batch.q_lens)}")
         held = int(batch.lengths[sequence]) // kv.layout.ratio
         if not 0 <= start <= stop <= held:
             raise ContractError(f"kv_load: rows {start}..{stop} of sequence {sequence}, which has {held}")
+        require_rows("kv_load", kv, batch)
+        if kv.paged and kv.layout.ratio == 1 and batch.window_table is not None and start < stop:
+            ring = batch.window_table.shape[1] * kv.rows
+            if start < held - ring:
+                raise ContractError(f"kv_load: position {start} of {held} has left the ring of {ring} rows")
 
     @primitive(_STATE, cases.state_new)
     def state_new(self, slots: int, ratio: int, overlap: bool, width: int, rollback: int = 0) -> Tensor:
@@ -119,7 +138,7 @@ class Cache(Gemm, NormRope):
 
     @primitive(_STATE, cases.state_reset)
     def state_reset(self, state: Tensor, slot: int) -> None:
-        """Slot `slot` is as new. Not needed for correctness: a new sequence never reads what an old one left."""
+        """Slot `slot` is as new: nothing of the sequence that used it stays."""
         if not 0 <= slot < state.shape[0]:
             raise ContractError(f"state_reset: slot {slot} of {state.shape[0]}")
 

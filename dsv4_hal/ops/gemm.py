@@ -8,7 +8,7 @@ from torch import Tensor
 from dsv4_hal.formats import Format, QTensor, Weight
 from dsv4_hal.ops.cases import gemm as cases
 from dsv4_hal.ops.family import Family
-from dsv4_hal.ops.spec import Compare, ContractError, Tolerance, primitive
+from dsv4_hal.ops.spec import Compare, ContractError, Tolerance, check_dtype, check_out, primitive
 
 _GEMM = Tolerance(Compare.NMSE, 4.0, "the order of a long sum is free; every rounding of its inputs and result is not")
 _BITS = Tolerance(Compare.BITWISE, 0.0, "rounding to a format has one right answer")
@@ -20,8 +20,9 @@ class Gemm(Family):
         """Round x [..., K] to `fmt`: codes and one scale per block of the last axis (or last two).
 
         amax = max(|block|, fmt.floor); scale = amax / fmt.top, raised to a power of two where the format stores e8m0;
-        codes = x / scale rounded to nearest even, saturating. Arithmetic in numerics.accumulate.
-        Raises ContractError unless x is floating. Source: published FP8/FP4 activation quantisers; OCP MX.
+        codes = x / scale rounded to nearest even, saturating. Arithmetic in float32, or float64 for float64 x.
+        Raises ContractError unless x is floating, and ValueError where it holds NaN or infinity and the element has no
+        code for it (e2m1, int8, int4; a check that waits for the device). Source: published quantisers; OCP MX.
         """
         if not x.is_floating_point():
             raise ContractError(f"quantize: x must be floating, got {x.dtype}")
@@ -42,7 +43,8 @@ class Gemm(Family):
                    activations, a plain x is first rounded to numerics.activation (per token and block of channels).
         out_dtype  default numerics.storage; the result is rounded to it once from the accumulator
         out        written and returned, if given
-        Products are exact, sums are in numerics.accumulate. Raises ContractError on widths that differ.
+        Products are exact, sums are in numerics.accumulate. Raises ContractError on widths or dtypes that differ.
+        Source: published inference code (FP8 and FP4 linear layers).
         """
         if w.data.dim() != 2:
             raise ContractError(f"linear: {w.name or 'w'} must be [N, K], got {w.shape}")
@@ -50,6 +52,9 @@ class Gemm(Family):
             raise ContractError(
                 f"linear: x {tuple(x.shape)} does not fit {w.name or 'w'} {w.shape}: need x [T, K], w [N, K]"
             )
+        if isinstance(x, Tensor):
+            check_dtype("linear", "x", x, self.numerics.storage)
+        check_out("linear", out, (x.shape[0], w.data.shape[0]), out_dtype or self.numerics.storage)
 
     @primitive(_GEMM, cases.grouped_linear)
     def grouped_linear(
@@ -75,6 +80,8 @@ class Gemm(Family):
                 f"grouped_linear: offsets must be int64 [{w.data.shape[0] + 1}], "
                 f"got {offsets.dtype} {tuple(offsets.shape)}"
             )
+        check_dtype("grouped_linear", "rows", rows, self.numerics.storage)
+        check_out("grouped_linear", out, (rows.shape[0], w.data.shape[1]), out_dtype or self.numerics.storage)
 
     @primitive(_GEMM, cases.block_diagonal_linear)
     def block_diagonal_linear(self, x: Tensor, w: Weight, *, out: Tensor | None = None) -> Tensor:
@@ -88,6 +95,8 @@ class Gemm(Family):
                 f"block_diagonal_linear: x {tuple(x.shape)} does not fit {w.name or 'w'} {w.shape}: "
                 "need x [T, G, K], w [G, N, K]"
             )
+        check_dtype("block_diagonal_linear", "x", x, self.numerics.storage)
+        check_out("block_diagonal_linear", out, (*x.shape[:2], w.data.shape[1]), self.numerics.storage)
 
     @primitive(_BITS, cases.embedding)
     def embedding(self, ids: Tensor, w: Weight) -> Tensor:

@@ -45,8 +45,8 @@ class HyperConnection(NormRope):
 
         comb is summed over its FIRST index. In numerics.accumulate, rounded once to storage.
         """
-        t, n, d = streams.shape
-        if y.shape != (t, d) or post.shape != (t, n) or comb.shape != (t, n, n):
+        t, n, d = streams.shape if streams.dim() == 3 else (0, 0, 0)
+        if n == 0 or y.shape != (t, d) or post.shape != (t, n) or comb.shape != (t, n, n):
             raise ContractError(
                 f"hc_post: y {tuple(y.shape)}, streams {(t, n, d)}, post {tuple(post.shape)}, comb {tuple(comb.shape)}"
             )

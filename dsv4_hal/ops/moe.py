@@ -8,7 +8,7 @@ from torch import Tensor
 from dsv4_hal.formats import Weight
 from dsv4_hal.ops.cases import moe as cases
 from dsv4_hal.ops.gemm import Gemm
-from dsv4_hal.ops.spec import Compare, ContractError, Tolerance, composite, primitive
+from dsv4_hal.ops.spec import Compare, ContractError, Tolerance, check_out, composite, primitive
 
 _ROUTE = Tolerance(Compare.SELECTION, 4.0, "experts whose scores are within rounding error may change places")
 _COPY = Tolerance(Compare.BITWISE, 0.0, "a copy in an order the contract fixes")
@@ -46,7 +46,8 @@ class Moe(Gemm):
         """Copy token rows into expert order -> (rows [T * k, d], offsets [E + 1] int64, order [T * k] int64).
 
         ids [T, k] int64 in 0 .. experts - 1. order[j] is the flat (token, slot) that row j came from: sorted by expert,
-        then by token, then by slot. Rows of expert e are offsets[e] .. offsets[e + 1] - 1.
+        then by token, then by slot. Rows of expert e are offsets[e] .. offsets[e + 1] - 1. Ids outside
+        that range are the caller's error: a check would wait for the device; hash tables are checked when loaded.
         """
         if ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.dtype != torch.int64:
             raise ContractError(f"permute: ids {ids.dtype} {tuple(ids.shape)} for x {tuple(x.shape)}")
@@ -73,6 +74,7 @@ class Moe(Gemm):
             raise ContractError(f"swiglu: limit must be positive or None, got {limit}")
         if row_weight is not None and row_weight.shape != gate_up.shape[:1]:
             raise ContractError(f"swiglu: row_weight {tuple(row_weight.shape)} for {gate_up.shape[0]} rows")
+        check_out("swiglu", out, (gate_up.shape[0], gate_up.shape[1] // 2), self.numerics.storage)
 
     @composite(_EXPERTS, cases.moe_experts)
     def moe_experts(

@@ -22,6 +22,7 @@ class Sampling(Family):
         temperature  divides the logits; 0 takes the largest, the lowest id where equal
         top_p        keeps the smallest set of most likely tokens whose probability reaches top_p (at least one; equal
                      probabilities lower id first), then renormalises
+        Probabilities in numerics.accumulate.
         generator    on the op's device; the same state gives the same draw on the same backend
         """
         if logits.dim() != 2 or logits.shape[1] == 0:

@@ -12,7 +12,7 @@ The decorator adds how results are compared, how far they may differ and why, an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
@@ -29,6 +29,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 class ContractError(ValueError):
     """A precondition of an op does not hold. The message names the op and what is wrong."""
+
+
+def check_out(op: str, out: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """An `out` must be exactly what the op would return: nothing is broadcast or cast into it."""
+    if out is not None and (tuple(out.shape) != tuple(shape) or out.dtype != dtype):
+        raise ContractError(f"{op}: out is {out.dtype} {tuple(out.shape)}, the result {dtype} {tuple(shape)}")
+
+
+def check_dtype(op: str, name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """An activation must be stored as the profile says: no op casts what it is given without saying so."""
+    if x.dtype != dtype:
+        raise ContractError(f"{op}: {name} must be {dtype} in this profile, got {x.dtype}")
 
 
 class Compare(Enum):
@@ -56,7 +68,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Case:
-    """One call to try. `id` can be pasted on a command line and seeds the generator; `run` makes its inputs from the
+    """One call to try. `id` is unique and seeds the generator; `run` makes its inputs from the
     generator (on the CPU), calls the op, and returns every result by name, mutated state included."""
 
     id: str

@@ -89,3 +89,16 @@ def test_tokenizer_errors(tmp_path: Path) -> None:
         load_tokenizer(tmp_path, VOCABULARY)
     with pytest.raises(ValueError, match="not valid Unicode"):
         encode(load_tokenizer(tmp_path, VOCABULARY), "\ud800", bos=0)
+
+
+def test_suspended_generators_leave_the_thread_alone(model: Model) -> None:
+    pairs = list(zip(generate(model, [0, 1], 4), generate(model, [0, 2], 4), strict=True))
+    assert len(pairs) == 4
+    assert not torch.is_inference_mode_enabled()
+    for _ in generate(model, [0, 1], 2):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-40}, {"temperature": 1.0, "top_p": 1e-300}])
+def test_extreme_sampling_takes_the_likeliest(model: Model, options: dict[str, float]) -> None:
+    assert list(generate(model, [0, 5], 4, **options)) == list(generate(model, [0, 5], 4))

@@ -181,7 +181,7 @@ def test_empty_steps(model: Model) -> None:
     [
         (torch.tensor([[96]]), ValueError, "96 outside the vocabulary of 96"),
         (torch.tensor([[-1]]), ValueError, "outside the vocabulary"),
-        (torch.tensor([1]), ValueError, r"must be \[B, S\]"),
+        (torch.tensor([1]), ValueError, r"must be a tensor \[B, S\]"),
         (torch.tensor([[1.0]]), TypeError, "must be int64"),
         (torch.tensor([[1, 2], [3, 4]]), ValueError, "2 rows of tokens for a cache of 1"),
         (torch.zeros(1, 11, dtype=torch.int64), ValueError, "max_chunk=10"),

@@ -57,6 +57,7 @@ def paged(tables: bool = True, block_tokens: int = 256) -> Batch:
 
 PAGED = REFERENCE.plan(paged(), {4: True, 128: False}, {})
 TABLELESS = REFERENCE.plan(paged(tables=False), {4: True}, {})
+SHORT = REFERENCE.plan(paged(block_tokens=8), {4: True}, {})
 PACKED = REFERENCE.plan(Batch.packed([4, 1]), {4: True, 128: False}, {})
 POOL = KV(new_pool(WINDOW, 2, 16, torch.device("cpu")), WINDOW, 16)
 ENTRY_POOL = KV(new_pool(ENTRIES, 2, 64, torch.device("cpu")), ENTRIES, 64)
@@ -70,7 +71,15 @@ CALLS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "dequantize": ({"w": quantised(2, 4), "dtype": torch.float32}, [{"dtype": torch.int32}]),
     "linear": (
         {"x": zeros(3, 4), "w": plain(5, 4)},
-        [{"w": plain(1, 5, 4)}, {"x": zeros(3, 5)}, {"x": zeros(1, 3, 4)}, {"x": zeros(4)}],
+        [
+            {"w": plain(1, 5, 4)},
+            {"x": zeros(3, 5)},
+            {"x": zeros(1, 3, 4)},
+            {"x": zeros(4)},
+            {"x": zeros(3, 4).double()},
+            {"out": zeros(7, 3, 5)},
+            {"out": zeros(3, 5).half()},
+        ],
     ),
     "grouped_linear": (
         {"rows": zeros(3, 4), "w": plain(2, 5, 4), "offsets": torch.tensor([0, 1, 3])},
@@ -80,17 +89,29 @@ CALLS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             {"rows": zeros(1, 3, 4)},
             {"offsets": torch.tensor([0, 3])},
             {"offsets": torch.tensor([0, 1, 3], dtype=torch.int32)},
+            {"rows": zeros(3, 4).bfloat16()},
+            {"out": zeros(2, 5)},
         ],
     ),
     "block_diagonal_linear": (
         {"x": zeros(3, 2, 4), "w": plain(2, 5, 4)},
-        [{"w": plain(5, 4)}, {"x": zeros(3, 8)}, {"x": zeros(3, 1, 4)}, {"x": zeros(3, 2, 5)}],
+        [
+            {"w": plain(5, 4)},
+            {"x": zeros(3, 8)},
+            {"x": zeros(3, 1, 4)},
+            {"x": zeros(3, 2, 5)},
+            {"x": zeros(3, 2, 4).double()},
+            {"out": zeros(3, 10)},
+        ],
     ),
     "embedding": (
         {"ids": ints(3), "w": plain(5, 4)},
         [{"ids": zeros(3)}, {"ids": ints(3, 1)}, {"ids": ints(3).int()}, {"w": quantised(5, 4)}, {"w": plain(1, 5, 4)}],
     ),
-    "rms_norm": ({"x": zeros(3, 4), "weight": zeros(4), "eps": 1e-6}, [{"weight": zeros(3)}, {"weight": zeros(1, 4)}]),
+    "rms_norm": (
+        {"x": zeros(3, 4), "weight": zeros(4), "eps": 1e-6},
+        [{"weight": zeros(3)}, {"weight": zeros(1, 4)}, {"out": zeros(3, 5)}],
+    ),
     "rope": (
         {"x": zeros(3, 2, 6), "cos_sin": TABLES},
         [
@@ -98,9 +119,11 @@ CALLS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             {"cos_sin": (zeros(2, 2), zeros(2, 2))},
             {"cos_sin": (zeros(3, 1, 2), zeros(3, 1, 2))},
             {"cos_sin": (zeros(3, 4), zeros(3, 4))},
+            {"x": zeros(3)},
+            {"out": zeros(3, 6)},
         ],
     ),
-    "hadamard": ({"x": zeros(3, 8)}, [{"x": zeros(3, 6)}, {"x": zeros(3, 0)}]),
+    "hadamard": ({"x": zeros(3, 8)}, [{"x": zeros(3, 6)}, {"x": zeros(3, 0)}, {"x": zeros()}]),
     "plan": (
         {"batch": paged(), "ratios": {4: True, 128: False}, "ropes": {}},
         [{"ratios": {1: False}}, {"ratios": {4: True, 3: False}}, {"batch": paged(block_tokens=64)}],
@@ -114,11 +137,22 @@ CALLS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             {"pool": ROWS},
             {"batch": TABLELESS},
             {"layout": REFERENCE.row_layout("window", 8, 4, 1, 14)},  # 13 + 4 rows in a ring of 16
+            {"pool": None},  # this batch has context
+            {"layout": REFERENCE.row_layout("entries", 8, 4, 8), "rows": zeros(1, 8)},  # not planned
+            {"layout": ENTRIES, "rows": zeros(1, 8), "pool": ENTRY_POOL, "batch": SHORT},  # 12 tokens in a table of 8
         ],
     ),
     "kv_load": (
         {"kv": ENTRY_POOL, "batch": PAGED, "sequence": 1, "start": 0, "stop": 5},
-        [{"sequence": 2}, {"sequence": -1}, {"stop": 6}, {"start": -1}, {"start": 3, "stop": 2}],
+        [
+            {"sequence": 2},
+            {"sequence": -1},
+            {"stop": 6},
+            {"start": -1},
+            {"start": 3, "stop": 2},
+            {"kv": ENTRY_ROWS},
+            {"kv": POOL, "start": 4, "stop": 21},  # 21 positions, the ring holds 16
+        ],
     ),
     "state_new": (
         {"slots": 2, "ratio": 4, "overlap": True, "width": 16},
