@@ -2,11 +2,10 @@
 # Run every command and every Python example of the README, as written, from the project's folder.
 # `make` lines are left to .ci/run, which calls the same targets.
 set -euo pipefail
-export PATH="$PWD/.venv/bin:$PATH"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 awk '/^```/ { on = ($0 == "```sh"); next } on && !/^make /' README.md > "$work/commands.sh"
 awk '/^```/ { on = ($0 == "```python"); next } on' README.md > "$work/example.py"
-rm -rf out/v4-tiny
+rm -rf out/mine
 bash -euxo pipefail "$work/commands.sh"
-python "$work/example.py"
+.venv/bin/python "$work/example.py"

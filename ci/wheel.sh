@@ -6,8 +6,8 @@ root=$PWD
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$bin/python" -m build --quiet --outdir "$work/dist" .
-python3 -m venv "$work/venv"
-"$work/venv/bin/python" -m pip install -q -c "$root/constraints.txt" "$work"/dist/*.whl
+"$bin/python" -m venv "$work/venv"
+"$work/venv/bin/python" -m pip install -q -c "$root/constraints.txt" "$(echo "$work"/dist/*.whl)[tokenizer]"
 cd "$work"
 "$work/venv/bin/python" - <<'PY'
 import sys
@@ -19,4 +19,5 @@ assert not vendors, vendors
 print([(b.name, b.available) for b in dsv4_hal.list_backends()])
 PY
 "$work/venv/bin/dsv4-hal" init --preset v4-tiny --out "$work/a folder/v4-tiny"
+"$work/venv/bin/dsv4-hal" generate "$work/a folder/v4-tiny" --prompt "The sea is" --max-new-tokens 4
 echo "wheel: built, installed elsewhere, used"

@@ -748,7 +748,7 @@ def test_peak_memory_is_within_the_bound(tmp_path: Path) -> None:
 def test_targets_that_cannot_be_renamed_onto_are_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never() -> Any:
+    def never() -> Iterator[tuple[str, torch.Tensor]]:
         raise AssertionError("nothing may be written")
         yield
 
