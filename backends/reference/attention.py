@@ -36,11 +36,16 @@ class Part:
     place: Tensor | None  # which of the n * c places hold a token; None: all
     flat: Tensor  # the flat tokens at these places
     longest: int  # largest position
+    shortest: int  # smallest last position of a block
     windows: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)  # the same in every layer
 
     def take(self, flat: Tensor) -> Tensor:
         """Rows [n, c, ...] of a flat [T, ...]; any row where there is no token."""
         return flat[self.tokens]
+
+    def has_entry(self, ratio: int) -> bool:
+        """Whether every block's sequence has an entry that its last token sees."""
+        return self.shortest + 1 >= ratio
 
     def put(self, out: Tensor, values: Tensor) -> None:
         """Write values [n, c, ...] to the flat rows they belong to."""
@@ -62,6 +67,7 @@ def make_part(tile: Tile, blocks: slice, device: torch.device) -> Part:
         place,
         upload(tokens[present], device),
         int(last.max()),
+        int(last.min()),
     )
 
 
@@ -134,13 +140,14 @@ class Attention(ops.Attention):
         wide = self.numerics.accumulate
         y = torch.zeros_like(q)
         lse = torch.full(q.shape[:2], float("-inf"), dtype=wide, device=q.device)
+        ratio = 1 if entries is None else entries.layout.ratio
         gather, width = reading(q.shape[1], window_kv, entries, picks, batch)
         for part in parts(batch, width, single=gather):
             index, seen = window_rows(part, window_kv, batch)
-            rows = load_rows(window_kv, index)
+            rows = load_rows(window_kv, index, gaps=False)
             if entries is not None:
                 index, more = entry_rows(part, entries, batch, picks, gather)
-                rows = torch.cat([rows, load_rows(entries, index)], 1)
+                rows = torch.cat([rows, load_rows(entries, index, gaps=not part.has_entry(ratio))], 1)
                 seen = torch.cat([seen, more], -1)
             values, log_sum = self._attend(part.take(q), rows, seen, sink, scale)
             part.put(y, values)
@@ -177,26 +184,32 @@ def reading(
 
 
 def window_rows(part: Part, kv: KV, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Physical rows [n, K] that a block's tokens see through the window, -1 for none; who sees which [n, c, K]."""
+    """Physical rows [n, K] that a block's tokens see through the window; who sees which [n, c, K].
+
+    Places that nobody sees name the block's last token: a row of this step, which holds no leftover of another.
+    """
     window, size = kv.layout.window, part.tokens.shape[1]
     if (window, kv.paged) not in part.windows:
         index = part.first[:, None] - window + 1 + torch.arange(size + window - 1, device=part.first.device)
-        index = torch.where((index >= 0) & (index <= part.last[:, None]), index, -1)
+        there = (index >= 0) & (index <= part.last[:, None])
         behind = part.positions[..., None] - index[:, None]
-        seen = (behind >= 0) & (behind < window) & (index >= 0)[:, None]
+        seen = (behind >= 0) & (behind < window) & there[:, None]
+        index = torch.where(there, index, part.last[:, None])
         part.windows[window, kv.paged] = physical_rows(kv, batch, part.seq, index), seen
     return part.windows[window, kv.paged]
 
 
 def entry_rows(part: Part, kv: KV, batch: Batch, picks: Tensor | None, gather: bool) -> tuple[Tensor, Tensor]:
-    """Physical rows [n, K] of the entries that a block reads, -1 for none; which token sees which [n, c, K].
+    """Physical rows [n, K] of the entries that a block reads; which token sees which [n, c, K].
 
-    picks None: all visible ones. gather: blocks of one token read what it picked, in that order.
+    picks None: all visible ones. gather: blocks of one token read what it picked, in that order. A place that nobody
+    sees names entry 0, or -1 in a part where some sequence has no entry yet.
     """
     ratio = kv.layout.ratio
+    nothing = 0 if part.has_entry(ratio) else -1
     if picks is not None and gather:
         index = part.take(picks)[:, 0]
-        return physical_rows(kv, batch, part.seq, index), (index >= 0)[:, None]
+        return physical_rows(kv, batch, part.seq, index.clamp(min=nothing)), (index >= 0)[:, None]
     count = (part.longest + 1) // ratio
     index, seen = visible_entries(part, ratio, count)
     if picks is not None:
@@ -204,7 +217,7 @@ def entry_rows(part: Part, kv: KV, batch: Batch, picks: Tensor | None, gather: b
         chosen = chosen.masked_fill((chosen < 0) | (chosen > count), count)
         member = torch.zeros(*chosen.shape[:2], count + 1, dtype=torch.bool, device=index.device)
         seen = seen & member.scatter_(2, chosen, True)[..., :count]
-    return physical_rows(kv, batch, part.seq, index), seen
+    return physical_rows(kv, batch, part.seq, index.clamp(min=nothing)), seen
 
 
 def visible_entries(part: Part, ratio: int, count: int) -> tuple[Tensor, Tensor]:

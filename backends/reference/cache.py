@@ -88,12 +88,13 @@ def physical_rows(kv: KV, batch: Batch, seq: Tensor, index: Tensor) -> Tensor:
     return (plan.base[ratio][seq, None] + index).masked_fill(index < 0, -1)
 
 
-def load_rows(kv: KV, physical: Tensor) -> Tensor:
+def load_rows(kv: KV, physical: Tensor, gaps: bool = True) -> Tensor:
     """Rows [n, k] -> [n, k, dim]; zeros where -1, which is never read: what lies there may be NaN, and zero times NaN
-    would poison a sum."""
+    would poison a sum. gaps: whether there may be a -1."""
     if kv.paged:
-        return formats.load(kv.data, kv.layout, kv.rows, physical)
+        return formats.load(kv.data, kv.layout, kv.rows, physical, gaps)
     if not len(kv.data):
         return kv.data.new_zeros(*physical.shape, kv.layout.dim)
-    missing = (physical < 0)[..., None]
-    return kv.data[physical.clamp(min=0)].masked_fill(missing, 0)
+    if not gaps:
+        return kv.data[physical]
+    return kv.data[physical.clamp(min=0)].masked_fill((physical < 0)[..., None], 0)

@@ -36,7 +36,7 @@ class Gemm(ops.Gemm):
     ) -> Tensor:
         x, bounds = self._input(rows, w), offsets.tolist()
         parts = [
-            F.linear(x[start:stop], values(w[expert], self.numerics.accumulate))
+            F.linear(x[start:stop], one_of(w, expert, self.numerics.accumulate))
             for expert, (start, stop) in enumerate(pairwise(bounds))
             if stop > start
         ]
@@ -65,6 +65,11 @@ def values(w: Weight, dtype: torch.dtype) -> Tensor:
     if w.layout != "checkpoint":
         raise ops.ContractError(f"{w.name or 'weight'} is arranged as {w.layout}, the reference reads checkpoint order")
     return formats.dequantize(w, dtype)
+
+
+def one_of(w: Weight, expert: int, dtype: torch.dtype) -> Tensor:
+    """Values of one matrix of a stack."""
+    return w.data[expert].to(dtype) if w.format.plain else values(w[expert], dtype)
 
 
 def emit(y: Tensor, out: Tensor | None) -> Tensor:

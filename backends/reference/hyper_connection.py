@@ -23,8 +23,8 @@ class HyperConnection(ops.HyperConnection):
 
     def hc_post(self, y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         wide = self.numerics.accumulate
-        mixed = torch.bmm(comb.transpose(1, 2), streams.to(wide))
-        return (post[..., None] * y.to(wide)[:, None] + mixed).to(self.numerics.storage)
+        written = post[..., None] * y.to(wide)[:, None]
+        return torch.baddbmm(written, comb.transpose(1, 2), streams.to(wide)).to(self.numerics.storage)
 
     def hc_head(self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float) -> Tensor:
         wide = self.numerics.accumulate
@@ -37,7 +37,7 @@ class HyperConnection(ops.HyperConnection):
         return (u @ fn.to(u.dtype).T) * torch.rsqrt(u.square().mean(-1, keepdim=True) + norm_eps)
 
     def _weigh(self, pre: Tensor, x: Tensor) -> Tensor:
-        return (pre[..., None] * x).sum(1).to(self.numerics.storage)
+        return torch.bmm(pre[:, None], x)[:, 0].to(self.numerics.storage)
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:

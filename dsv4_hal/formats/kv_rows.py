@@ -218,19 +218,22 @@ def store(pool: Tensor, layout: RowLayout, rows: int, index: Tensor, values: Ten
         target[at] = fields[name].view(word)
 
 
-def load(pool: Tensor, layout: RowLayout, rows: int, index: Tensor) -> Tensor:
+def load(pool: Tensor, layout: RowLayout, rows: int, index: Tensor, gaps: bool = True) -> Tensor:
     """Physical rows `index` [...] int64 -> values [..., dim] in layout.values.
 
     rows   rows per block; index = block * rows + row in the block. -1 gives a row of zeros whatever the pool holds;
            the pool must have a row all the same.
+    gaps   whether index may hold -1; False spares a pass over the result
     ValueError if the pool does not fit the layout.
     """
     _check_pool(pool, layout, rows)
     flat = index.flatten()
-    safe = flat.clamp(min=0)
+    safe = flat.clamp(min=0) if gaps else flat
     if layout.plain:  # the general way below, in fewer steps
         out = _plain(pool, layout).index_select(0, safe)
-        return out.masked_fill_((flat < 0).unsqueeze(-1), 0).view(*index.shape, layout.dim)
+        if gaps:
+            out.masked_fill_((flat < 0).unsqueeze(-1), 0)
+        return out.view(*index.shape, layout.dim)
     # whole shares of a region are copied in the widest words they allow, and taken apart afterwards
     shares = []
     for i, share in enumerate(layout.region_bytes):
@@ -241,7 +244,9 @@ def load(pool: Tensor, layout: RowLayout, rows: int, index: Tensor) -> Tensor:
         field.name: shares[field.region].view(torch.uint8)[:, field.offset : field.end].view(field.dtype)
         for field in layout.fields
     }
-    out = unpack(fields, layout).masked_fill_((flat < 0).unsqueeze(-1), 0)  # a product would keep NaN
+    out = unpack(fields, layout)
+    if gaps:
+        out.masked_fill_((flat < 0).unsqueeze(-1), 0)  # a product would keep NaN
     return out.view(*index.shape, layout.dim)
 
 
