@@ -137,7 +137,7 @@ class Plan:
     base: dict[int, Tensor]  # 1 | ratio -> [R] first packed row of each sequence (no cache)
     write: dict[int, tuple[Tensor, Tensor]]  # 1 | ratio -> (rows of this step, physical rows of the pool they go to)
     tables: dict[int, Tensor] = field(default_factory=dict)  # 1 | ratio -> block table on the device
-    vendor: dict[str, Any] = field(default_factory=dict)
+    vendor: dict[Any, Any] = field(default_factory=dict)
     owner: object | None = field(default=None, repr=False)  # the model it was made for
 
 

@@ -79,8 +79,10 @@ class Model:
             raise ValueError(f"logits_to_keep {logits_to_keep} of {length} positions")
         batch = Batch.packed([length] * count, self.ops.device) if cache is None else cache.batch([length] * count)
         kept = min(length, logits_to_keep or length)
-        rows = torch.arange(count * length).view(count, length)[:, length - kept :].flatten()
-        logits = self.step(tokens.flatten(), batch, cache, rows=None if kept == length else rows)
+        rows = None
+        if kept < length:
+            rows = torch.arange(count * length).view(count, length)[:, length - kept :].flatten()
+        logits = self.step(tokens.flatten(), batch, cache, rows=rows)
         return logits.unflatten(0, (count, kept))
 
     def step(

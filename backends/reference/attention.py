@@ -81,7 +81,7 @@ def parts(batch: Batch, width: Callable[[Tile], int], single: bool = False) -> I
         tile = singles(whole) if single or whole.size * width(whole) > SCRATCH else whole
         step = max(1, SCRATCH // (tile.size * max(1, width(tile))))
         for start in range(0, len(tile.seq), step):
-            key = f"part {i} {tile.size} {start} {step}"
+            key = ("part", i, tile.size, start, step)
             if key not in plan.vendor:
                 plan.vendor[key] = make_part(tile, slice(start, start + step), batch.device)
             yield plan.vendor[key]

@@ -29,7 +29,9 @@ class NormRope(ops.NormRope):
         return (x.to(wide) * root.to(wide)).to(x.dtype)
 
     def rope(self, x: Tensor, cos_sin: CosSin, inverse: bool = False, *, out: Tensor | None = None) -> Tensor:
-        cos, sin = (t.view(t.shape[0], *[1] * (x.dim() - 2), t.shape[1]) for t in cos_sin)
+        cos, sin = cos_sin
+        for _ in range(x.dim() - 2):
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         kept = x.shape[-1] - 2 * cos.shape[-1]
         a, b = x[..., kept:].to(self.numerics.accumulate).unflatten(-1, (-1, 2)).unbind(-1)
         if inverse:

@@ -8,7 +8,7 @@ Arithmetic on formats lives beside this file: `elements.py` (one element), `quan
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -116,13 +116,17 @@ class QTensor:
 
     data   codes [..., rows, columns / format.pack] in `format.storage`
     scale  [..., rows / block rows, columns / block columns] in `format.scale_dtype`; None for a plain format
+    shape  logical shape: what `dequantize` returns
     """
 
     data: Tensor
     scale: Tensor | None
     format: Format
+    shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        whole = (*self.data.shape[:-1], self.data.shape[-1] * self.format.pack)
+        object.__setattr__(self, "shape", whole)  # kept: every op's preconditions ask for it
         if self.data.dtype != self.format.storage:
             raise ValueError(f"{self.format.name} stores {self.format.storage}, got codes of {self.data.dtype}")
         want = self.format.scale_shape(self.shape)
@@ -136,11 +140,6 @@ class QTensor:
                 f"{self.format.name} of shape {self.shape} needs a scale {want} of {self.format.scale_dtype}, "
                 f"got {tuple(self.scale.shape)} of {self.scale.dtype}"
             )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape: what `dequantize` returns."""
-        return (*self.data.shape[:-1], self.data.shape[-1] * self.format.pack)
 
     @property
     def device(self) -> torch.device:

@@ -196,6 +196,8 @@ class Cache(Gemm, NormRope):
         wide = self.numerics.accumulate
         kv, gate = self.linear(x, weights.wkv, wide), self.linear(x, weights.wgate, wide)
         entries = self.compress(kv, gate, weights.ape, batch, ratio, overlap, state)
+        if not len(entries):  # most decode steps complete none
+            return entries.to(self.numerics.storage)
         return self.rope(self.rms_norm(entries.to(self.numerics.storage), weights.norm, eps), cos_sin)
 
     @composite(_COMPRESS, cases.compress_store)
@@ -214,6 +216,8 @@ class Cache(Gemm, NormRope):
     ) -> KV:
         """`compressor`, then a Hadamard rotation if `rotate` (indexer keys of a quantised profile), then `kv_store`."""
         entries = self.compressor(x, weights, batch, layout.ratio, overlap, state, cos_sin, eps)
+        if pool is not None and not len(entries):
+            return pool
         return self.kv_store(self.hadamard(entries) if rotate else entries, layout, batch, pool)
 
     @composite(_NORM_ROWS, cases.kv_norm_rope_store)
