@@ -195,7 +195,7 @@ def window_rows(part: Part, kv: KV, batch: Batch) -> tuple[Tensor, Tensor]:
         behind = part.positions[..., None] - index[:, None]
         seen = (behind >= 0) & (behind < window) & there[:, None]
         index = torch.where(there, index, part.last[:, None])
-        part.windows[window, kv.paged] = physical_rows(kv, batch, part.seq, index), seen
+        part.windows[window, kv.paged] = physical_rows(kv, batch, part.seq, index, gaps=False), seen
     return part.windows[window, kv.paged]
 
 
@@ -206,10 +206,11 @@ def entry_rows(part: Part, kv: KV, batch: Batch, picks: Tensor | None, gather: b
     sees names entry 0, or -1 in a part where some sequence has no entry yet.
     """
     ratio = kv.layout.ratio
-    nothing = 0 if part.has_entry(ratio) else -1
+    gaps = not part.has_entry(ratio)
+    nothing = -1 if gaps else 0
     if picks is not None and gather:
         index = part.take(picks)[:, 0]
-        return physical_rows(kv, batch, part.seq, index.clamp(min=nothing)), (index >= 0)[:, None]
+        return physical_rows(kv, batch, part.seq, index.clamp(min=nothing), gaps), (index >= 0)[:, None]
     count = (part.longest + 1) // ratio
     index, seen = visible_entries(part, ratio, count)
     if picks is not None:
@@ -217,7 +218,7 @@ def entry_rows(part: Part, kv: KV, batch: Batch, picks: Tensor | None, gather: b
         chosen = chosen.masked_fill((chosen < 0) | (chosen > count), count)
         member = torch.zeros(*chosen.shape[:2], count + 1, dtype=torch.bool, device=index.device)
         seen = seen & member.scatter_(2, chosen, True)[..., :count]
-    return physical_rows(kv, batch, part.seq, index.clamp(min=nothing)), seen
+    return physical_rows(kv, batch, part.seq, index.clamp(min=nothing), gaps), seen
 
 
 def visible_entries(part: Part, ratio: int, count: int) -> tuple[Tensor, Tensor]:

@@ -78,14 +78,16 @@ def pool_blocks(tokens: Tensor, state: Tensor | None, entries: Entries, overlap:
     return (value * weight).sum(1)
 
 
-def physical_rows(kv: KV, batch: Batch, seq: Tensor, index: Tensor) -> Tensor:
-    """Rows that hold logical rows index [n, k] of sequences seq [n]; -1 stays -1."""
+def physical_rows(kv: KV, batch: Batch, seq: Tensor, index: Tensor, gaps: bool = True) -> Tensor:
+    """Rows that hold logical rows index [n, k] of sequences seq [n]; -1 stays -1. gaps: whether there may be a -1."""
     plan, ratio = batch.require_plan(), kv.layout.ratio
+    known = index.clamp(min=0) if gaps else index
     if kv.paged:
         table = plan.tables[ratio]
-        block = table[seq[:, None], (index.clamp(min=0) // kv.rows) % table.shape[1]]
-        return (block * kv.rows + index % kv.rows).masked_fill(index < 0, -1)
-    return (plan.base[ratio][seq, None] + index).masked_fill(index < 0, -1)
+        rows = table[seq[:, None], (known // kv.rows) % table.shape[1]] * kv.rows + known % kv.rows
+    else:
+        rows = plan.base[ratio][seq, None] + known
+    return rows.masked_fill(index < 0, -1) if gaps else rows
 
 
 def load_rows(kv: KV, physical: Tensor, gaps: bool = True) -> Tensor:

@@ -64,7 +64,7 @@ def values(w: Weight, dtype: torch.dtype) -> Tensor:
     """A weight's values. ContractError if another backend has rearranged it: its bytes would be misread."""
     if w.layout != "checkpoint":
         raise ops.ContractError(f"{w.name or 'weight'} is arranged as {w.layout}, the reference reads checkpoint order")
-    return formats.dequantize(w, dtype)
+    return w.data.to(dtype) if w.format.plain else formats.dequantize(w, dtype)
 
 
 def one_of(w: Weight, expert: int, dtype: torch.dtype) -> Tensor:

@@ -47,8 +47,8 @@ def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     """
     small = logits.new_tensor(eps)
     c = logits.permute(1, 2, 0).softmax(1) + small
-    c = c / (c.sum(0, keepdim=True) + small)
+    c = c / c.sum(0, keepdim=True).add_(small)
     for _ in range(iters - 1):
-        c = c / (c.sum(1, keepdim=True) + small)
-        c = c / (c.sum(0, keepdim=True) + small)
+        c = c / c.sum(1, keepdim=True).add_(small)
+        c = c / c.sum(0, keepdim=True).add_(small)
     return c.permute(2, 0, 1).contiguous()
