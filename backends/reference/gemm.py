@@ -34,7 +34,7 @@ class Gemm(ops.Gemm):
         *,
         out: Tensor | None = None,
     ) -> Tensor:
-        x, bounds = self._input(rows, w), offsets.tolist()
+        w, x, bounds = in_order(w), self._input(rows, w), offsets.tolist()
         parts = [
             F.linear(x[start:stop], one_of(w, expert, self.numerics.accumulate))
             for expert, (start, stop) in enumerate(pairwise(bounds))
@@ -50,7 +50,7 @@ class Gemm(ops.Gemm):
         return emit(y.to(self.numerics.storage), out)
 
     def embedding(self, ids: Tensor, w: Weight) -> Tensor:
-        return F.embedding(ids, w.data).to(self.numerics.storage)
+        return F.embedding(ids, in_order(w).data).to(self.numerics.storage)
 
     def _input(self, x: Tensor | QTensor, w: Weight) -> Tensor:
         """x as the product sees it: rounded in front of a quantised weight, widened to the accumulator."""
@@ -60,16 +60,21 @@ class Gemm(ops.Gemm):
         return (x if fmt is None or w.format.plain else formats.simulate(x, fmt)).to(self.numerics.accumulate)
 
 
-def values(w: Weight, dtype: torch.dtype) -> Tensor:
-    """A weight's values. ContractError if another backend has rearranged it: its bytes would be misread."""
+def in_order(w: Weight) -> Weight:
+    """The weight itself. ContractError if another backend has rearranged it: its bytes would be misread."""
     if w.layout != "checkpoint":
         raise ops.ContractError(f"{w.name or 'weight'} is arranged as {w.layout}, the reference reads checkpoint order")
-    return w.data.to(dtype) if w.format.plain else formats.dequantize(w, dtype)
+    return w
+
+
+def values(w: Weight, dtype: torch.dtype) -> Tensor:
+    """A weight's values [..., out, in]."""
+    return formats.dequantize(in_order(w), dtype)
 
 
 def one_of(w: Weight, expert: int, dtype: torch.dtype) -> Tensor:
-    """Values of one matrix of a stack."""
-    return w.data[expert].to(dtype) if w.format.plain else values(w[expert], dtype)
+    """Values [out, in] of one matrix of a stack; a plain one without a Weight in between."""
+    return w.data[expert].to(dtype) if w.format.plain else formats.dequantize(w[expert], dtype)
 
 
 def emit(y: Tensor, out: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ by the addressing rule, keeps whole histories in place of compressor states, and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -24,7 +25,7 @@ from dsv4_hal.conformance import Budget, bitwise, budget, compare, run_case, wid
 from dsv4_hal.dispatch import Resolved, resolve
 from dsv4_hal.formats import FORMATS, Format, QTensor, RowLayout, Weight, plain_format
 from dsv4_hal.numerics import Numerics, deployed, exact
-from dsv4_hal.ops import KV, OPS, Case, OpSpec
+from dsv4_hal.ops import KV, OPS, Case, ContractError, OpSpec
 
 F64 = torch.float64
 
@@ -569,3 +570,17 @@ def test_caches_hold_no_graph() -> None:
     )
     assert entries.requires_grad and not state.requires_grad and not pool.data.requires_grad
     assert not EXACT64.kv_load(pool, batch, 0, 0, 1).requires_grad
+
+
+@pytest.mark.parametrize("op", ["linear", "grouped_linear", "block_diagonal_linear", "embedding"])
+def test_a_weight_that_another_backend_rearranged_is_refused(op: str) -> None:
+    shape = (5, 4) if op in ("linear", "embedding") else (2, 5, 4)
+    moved = replace(plain(torch.zeros(shape, dtype=F64)), layout="tiled", name="w")
+    given = {
+        "linear": (torch.zeros(3, 4, dtype=F64), moved),
+        "grouped_linear": (torch.zeros(3, 4, dtype=F64), moved, torch.tensor([0, 1, 3])),
+        "block_diagonal_linear": (torch.zeros(3, 2, 4, dtype=F64), moved),
+        "embedding": (torch.zeros(3, dtype=torch.int64), moved),
+    }
+    with pytest.raises(ContractError, match="w is arranged as tiled"):
+        getattr(EXACT64, op)(*given[op])
