@@ -212,6 +212,26 @@ def preset(name: str) -> ModelConfig:
     return ModelConfig.from_dict(yaml.safe_load(text), f"preset {name}")
 
 
+def find_config(model: str | os.PathLike[str]) -> tuple[ModelConfig, Path | None]:
+    """The configuration of a model named by a user: a preset, or a checkpoint directory, and which (None: a preset).
+
+    A name that is both a preset and a directory here is refused, rather than guessed at; a path that ends in a slash
+    or starts with ./ is a directory. ConfigError also where it is neither, with the nearest preset.
+    """
+    name, directory = str(model), Path(model)
+    if name in preset_names():
+        if directory.is_dir():
+            raise ConfigError(f"{name} is a preset and a directory here: write ./{name} for the directory")
+        return preset(name), None
+    if not directory.exists() and name == directory.name:
+        near = difflib.get_close_matches(name, preset_names(), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"{name}: no such directory, and no such preset (there are {', '.join(preset_names())}){hint}"
+        )
+    return load_config(directory), directory
+
+
 def stored_as(cfg: ModelConfig, dtype: str) -> ModelConfig:
     """`cfg` with its weights stored as `dtype`, a key of STORED_AS. ConfigError for any other."""
     if dtype not in STORED_AS:

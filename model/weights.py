@@ -8,11 +8,14 @@ of the official files stand nowhere else.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from dsv4_hal.formats.types import FORMATS
+import torch
+from torch import Tensor
+
+from dsv4_hal.formats.types import FORMATS, Weight
 from dsv4_hal.model.config import ModelConfig, overlaps
 
 
@@ -105,6 +108,26 @@ def parameter_count(table: Mapping[str, WeightSpec], mtp: bool = True) -> int:
 def stored_bytes(table: Mapping[str, WeightSpec], mtp: bool = True) -> int:
     """Bytes of the tensors in the files, scales included."""
     return sum(spec.nbytes for spec in _chosen(table, mtp))
+
+
+def shapes_only(
+    cfg: ModelConfig, place: Callable[[Weight], Weight] = lambda weight: weight
+) -> dict[str, Weight | Tensor]:
+    """Every weight of `cfg` on the meta device: shapes and dtypes as loading would give them, and no memory.
+
+    place  what arranges a matrix for its backend (`Ops.repack`)
+    """
+    out: dict[str, Weight | Tensor] = {}
+    for name, spec in weight_table(cfg).items():
+        if spec.format == "int64":
+            out[name] = torch.empty(spec.shape, dtype=torch.int64, device="meta")
+            continue
+        fmt = FORMATS[spec.format]
+        data = torch.empty(fmt.data_shape(spec.shape), dtype=fmt.storage, device="meta")
+        scales = fmt.scale_shape(spec.shape)
+        scale = None if scales is None else torch.empty(scales, dtype=fmt.scale_dtype, device="meta")
+        out[name] = place(Weight(data, scale, fmt, name)) if spec.is_matrix else data
+    return out
 
 
 # --- the rows -------------------------------------------------------------------------------------------------------
