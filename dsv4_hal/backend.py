@@ -26,10 +26,11 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether something can be used, and why or why not."""
+    """Whether something can be used, why or why not, and what would make it usable ("" where nothing would)."""
 
     ok: bool
     reason: str
+    remedy: str = ""
 
     def __bool__(self) -> bool:
         return self.ok
@@ -53,10 +54,12 @@ class Backend(Ops):
 
     name         what the user calls it
     device_type  torch device it computes on by default
+    automatic    whether `backend: auto` may choose it where it is available
     """
 
     name: ClassVar[str] = ""
     device_type: ClassVar[str] = "cpu"
+    automatic: ClassVar[bool] = True
 
     def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:
         verdict = self.available()
@@ -71,8 +74,13 @@ class Backend(Ops):
 
     @classmethod
     def available(cls) -> Verdict:
-        """Whether this machine can run it. Cheap; imports nothing that can break."""
+        """Whether this machine can run it, and if not, what to install. Cheap; imports nothing that can break."""
         return Verdict(True, "always available")
+
+    @classmethod
+    def environment(cls) -> dict[str, str]:
+        """What a bug report should say about its devices, drivers and libraries. Called only where it is available."""
+        return {}
 
     def supports(self, op: str, facts: Facts) -> Verdict:
         """Whether `op` can serve a model with these facts. Asked once, at load; cheap and deterministic."""

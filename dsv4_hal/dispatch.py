@@ -1,27 +1,20 @@
-"""From backends to one implementation per op: found by entry point, resolved once, explainable."""
+"""From backends to one implementation per op: resolved once, explainable."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
+
+import torch
 
 from dsv4_hal.backend import Backend, BackendError, Facts, Verdict
 from dsv4_hal.formats import RowLayout, Weight
+from dsv4_hal.numerics import Numerics
 from dsv4_hal.ops import OPS, Ops
-
-GROUP = "dsv4_hal.backends"
-
-
-@dataclass(frozen=True)
-class BackendInfo:
-    """A registered backend: whether it can be used on this machine, and the reason."""
-
-    name: str
-    available: bool
-    reason: str
+from dsv4_hal.registry import FALLBACK, Passed, choose
 
 
 @dataclass(frozen=True)
@@ -31,29 +24,94 @@ class Resolution:
     kind      "native", "inherited" or "composite", as in `dsv4_hal.backend.Origin`
     backend   whose code runs ("" for composite)
     rejected  (backend, reason) of every candidate that was preferred and passed over
+    wanted    the backend that was to run it: the first of its candidates
     """
 
     op: str
     kind: str
     backend: str
     rejected: tuple[tuple[str, str], ...] = ()
+    wanted: str = ""
+
+    @property
+    def runs_as(self) -> str:
+        """What a user should read: "reference" for the reference's code, whoever inherits it; else the kind."""
+        return FALLBACK if self.backend == FALLBACK else self.kind
+
+    @property
+    def fell_back(self) -> str:
+        """Why `strict` refuses it: the op runs as neither code nor composite of the backend that was wanted."""
+        if self.kind == "composite" or self.backend == self.wanted:
+            return ""
+        why = "; ".join(f"{b}: {r}" for b, r in self.rejected) or f"{self.wanted} has none of its own"
+        return f"{self.op} would run on {self.backend}, not on {self.wanted} ({why})"
 
 
 class Resolved(Ops):
-    """The ops a model runs on: every method checks the op's preconditions, then calls what was chosen for it."""
+    """The ops a model runs on: every method checks the op's preconditions, then calls what was chosen for it.
+
+    resolutions  what every op got, in the order of OPS
+    passed       backends that an automatic choice passed over, and why
+    """
 
     resolutions: tuple[Resolution, ...]
+    passed: Passed
 
     def __init__(self, primary: Backend) -> None:
         self.primary = primary
         self.numerics = primary.numerics
         self.device = primary.device
+        self.passed = {}
 
     def row_layout(self, kind: str, dim: int, rope: int, ratio: int, window: int = 0) -> RowLayout:
         return self.primary.row_layout(kind, dim, rope, ratio, window)
 
     def repack(self, weight: Weight) -> Weight:
         return self.primary.repack(weight)
+
+    def count_calls(self) -> Counter[str]:
+        """A counter that from now on counts every op called, those that a composite calls included."""
+        calls: Counter[str] = Counter()
+
+        def counted(op: str, run: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(run)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                calls[op] += 1
+                return run(*args, **kwargs)
+
+            return call
+
+        for op in OPS:
+            setattr(self, op, counted(op, getattr(self, op)))
+        return calls
+
+
+def select(
+    backends: Sequence[str],
+    numerics: Numerics,
+    facts: Facts | None = None,
+    *,
+    prefer: Mapping[str, Sequence[str]] | None = None,
+    device: torch.device | str | None = None,
+    strict: bool = False,
+) -> Resolved:
+    """Ops resolved from names: the backends asked for, those that `prefer` names, and the reference behind them.
+
+    backends  names in order of preference; ("auto",): the first that can be used here
+    prefer    op -> names in the order to try for it, instead of `backends`
+    facts, strict as in `resolve`; BackendError also where a backend that is named cannot be used
+    """
+    prefer = prefer or {}
+    chosen, passed = choose(backends, numerics, device)
+    first = chosen[0]
+    everywhere = list(dict.fromkeys([*(b.name for b in chosen), FALLBACK]))
+    for name in dict.fromkeys([*everywhere, *(n for names in prefer.values() for n in names)]):
+        if name not in [b.name for b in chosen]:
+            chosen += choose([name], first.numerics, first.device)[0]
+    order = {op: prefer.get(op, everywhere) for op in OPS}
+    ops = resolve(chosen, facts, order, strict)
+    ops.passed = passed
+    return ops
 
 
 def resolve(
@@ -67,7 +125,8 @@ def resolve(
     backends  in order of preference; the first gives profile, device, row layouts and weight arrangement
     facts     static facts of the model, for `Backend.supports`
     prefer    op -> names of backends in the order to try for it
-    strict    raise BackendError where an op would not run as the first backend's own code or as a composite
+    strict    raise BackendError where an op would run neither as the code of the first backend of its order nor as a
+              composite
     """
     facts, prefer = facts or {}, prefer or {}
     if not backends or not all(prefer.values()):
@@ -88,9 +147,6 @@ def resolve(
     for name, spec in OPS.items():
         candidates = [by_name[n] for n in prefer[name]] if name in prefer else list(backends)
         chosen, resolution = _choose(name, candidates, facts)
-        if strict and resolution.kind != "composite" and resolution.backend != backends[0].name:
-            why = "; ".join(f"{b}: {r}" for b, r in resolution.rejected) or "it has none of its own"
-            raise BackendError(f"strict: {name} would run on {resolution.backend}, not on {backends[0].name} ({why})")
         if resolution.kind == "composite":
             run = spec.definition.__get__(ops)
         elif spec.composite:
@@ -99,22 +155,35 @@ def resolve(
             run = _checked(spec.definition, ops, getattr(chosen, name))
         setattr(ops, name, run)
         resolutions.append(resolution)
+    refused = [r.fell_back for r in resolutions if r.fell_back]
+    if strict and refused:
+        raise BackendError("strict: " + "\n  ".join(refused))
     ops.resolutions = tuple(resolutions)
     return ops
 
 
 def _choose(op: str, candidates: Sequence[Backend], facts: Facts) -> tuple[Backend, Resolution]:
     rejected: list[tuple[str, str]] = []
+    wanted = candidates[0].name
     for backend in candidates:
         origin = backend.origin(op)
-        verdict = Verdict(False, "not implemented") if origin.kind == "missing" else backend.supports(op, facts)
+        verdict = Verdict(False, "not implemented") if origin.kind == "missing" else _supports(backend, op, facts)
         if verdict:
-            return backend, Resolution(op, origin.kind, origin.backend, tuple(rejected))
+            return backend, Resolution(op, origin.kind, origin.backend, tuple(rejected), wanted)
         rejected.append((backend.name, verdict.reason))
     if OPS[op].composite:  # its definition runs on whatever its parts were resolved to
-        return candidates[0], Resolution(op, "composite", "", tuple(rejected))
+        return candidates[0], Resolution(op, "composite", "", tuple(rejected), wanted)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
     raise BackendError(f"no backend can run {op}: {reasons}")
+
+
+def _supports(backend: Backend, op: str, facts: Facts) -> Verdict:
+    """`backend.supports`, where an exception is a reason too: one broken question must not hide all other answers."""
+    try:
+        verdict = backend.supports(op, facts)
+    except Exception as error:
+        return Verdict(False, f"supports() failed: {type(error).__name__}: {error}")
+    return verdict if isinstance(verdict, Verdict) else Verdict(False, f"supports() returned {verdict!r}, no Verdict")
 
 
 def _checked(check: Callable[..., Any], ops: Ops, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,42 +193,3 @@ def _checked(check: Callable[..., Any], ops: Ops, run: Callable[..., Any]) -> Ca
         return run(*args, **kwargs)
 
     return call
-
-
-def _registered() -> dict[str, list[EntryPoint]]:
-    """Entry points by name: several where packages claim the same one."""
-    found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=GROUP):
-        if entry.value not in [other.value for other in found.setdefault(entry.name, [])]:
-            found[entry.name].append(entry)
-    return found
-
-
-def backend_class(name: str) -> type[Backend]:
-    """The class of a registered backend. BackendError if the name is unknown or its module does not load."""
-    registered = _registered()
-    if name not in registered:
-        raise BackendError(f"no backend is called {name!r}; registered: {', '.join(sorted(registered)) or 'none'}")
-    entry, *others = registered[name]
-    if others:
-        claims = ", ".join(e.value for e in registered[name])
-        raise BackendError(f"backend {name} is registered more than once: {claims}; uninstall all but one")
-    try:
-        cls = entry.load()
-    except Exception as error:  # a vendor's package may fail in any way it likes
-        raise BackendError(f"backend {name} does not load: {type(error).__name__}: {error}") from error
-    if not (isinstance(cls, type) and issubclass(cls, Backend)):
-        raise BackendError(f"backend {name}: {entry.value} is not a subclass of dsv4_hal.backend.Backend")
-    return cls
-
-
-def list_backends() -> list[BackendInfo]:
-    """Every registered backend and whether this machine can run it. A broken one is listed with what broke."""
-    out = []
-    for name in sorted(_registered()):
-        try:
-            verdict = backend_class(name).available()
-        except BackendError as error:
-            verdict = Verdict(False, str(error))
-        out.append(BackendInfo(name, verdict.ok, verdict.reason))
-    return out

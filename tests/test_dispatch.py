@@ -1,8 +1,5 @@
 """Choosing one implementation per op, and saying why."""
 
-import tomllib
-from importlib.metadata import EntryPoint
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +7,10 @@ import torch
 from torch import Tensor
 
 from dsv4_hal import dispatch
-from dsv4_hal.backend import Backend, Facts, Origin, Verdict
+from dsv4_hal.backend import Backend, BackendError, Facts, Origin, Verdict
 from dsv4_hal.backends.null import Null
 from dsv4_hal.backends.reference import Reference
-from dsv4_hal.dispatch import BackendError, backend_class, list_backends, resolve
+from dsv4_hal.dispatch import resolve
 from dsv4_hal.numerics import deployed, exact
 from dsv4_hal.ops import OPS, ContractError
 
@@ -152,56 +149,6 @@ def test_strict() -> None:
         resolve([HALF, REFERENCE], strict=True)
 
 
-def entries(**targets: str) -> Any:
-    return lambda group: [EntryPoint(name, value, group) for name, value in targets.items()]
-
-
-def test_registered_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What pyproject.toml registers, whether or not this tree is installed."""
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    monkeypatch.setattr(dispatch, "entry_points", entries(**project["entry-points"][dispatch.GROUP]))
-    found = {info.name: info for info in list_backends()}
-    assert found["reference"].available and found["null"].available
-    assert backend_class("reference") is Reference and backend_class("null") is Null
-
-
-def test_a_broken_backend_is_listed_with_what_broke(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        dispatch,
-        "entry_points",
-        entries(
-            good="dsv4_hal.backends.reference:Reference",
-            gone="dsv4_hal_vendor_that_is_not_there:Backend",
-            nameless="dsv4_hal.backends.reference:Nothing",
-            wrong="dsv4_hal.numerics:Numerics",
-        ),
-    )
-    found = {info.name: info for info in list_backends()}
-    assert [i for i in found if found[i].available] == ["good"]
-    assert "ModuleNotFoundError" in found["gone"].reason and "dsv4_hal_vendor" in found["gone"].reason
-    assert "AttributeError" in found["nameless"].reason
-    assert "not a subclass" in found["wrong"].reason
-    with pytest.raises(BackendError, match="gone does not load"):
-        backend_class("gone")
-    with pytest.raises(BackendError, match="no backend is called 'cuda'; registered: gone, good, nameless, wrong"):
-        backend_class("cuda")
-
-
-def test_an_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Absent(Reference):
-        name = "absent"
-
-        @classmethod
-        def available(cls) -> Verdict:
-            return Verdict(False, "no such card")
-
-    monkeypatch.setattr(EntryPoint, "load", lambda self: Absent)
-    monkeypatch.setattr(dispatch, "entry_points", entries(absent="any:thing"))
-    assert list_backends() == [dispatch.BackendInfo("absent", False, "no such card")]
-    with pytest.raises(RuntimeError, match="absent cannot be used here: no such card"):
-        Absent(exact())
-
-
 def test_backends_that_compute_differently_are_not_mixed() -> None:
     with pytest.raises(BackendError, match="reference has another numeric profile or device than half"):
         resolve([Half(deployed()), Reference(exact())])
@@ -212,9 +159,3 @@ def test_nothing_to_choose_from() -> None:
         resolve([])
     with pytest.raises(BackendError, match="preference is empty"):
         resolve([REFERENCE], prefer={"mlp": []})
-
-
-def test_a_name_that_two_packages_claim(monkeypatch: pytest.MonkeyPatch) -> None:
-    both = [EntryPoint("reference", value, dispatch.GROUP) for value in ("one:A", "two:B")]
-    monkeypatch.setattr(dispatch, "entry_points", lambda group: both)
-    assert "registered more than once: one:A, two:B" in list_backends()[0].reason
