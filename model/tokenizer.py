@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,12 +42,17 @@ def encode(tokenizer: Tokenizer, text: str, bos: int) -> list[int]:
 
     ValueError for text that is not valid Unicode.
     """
+    ids = tokenize(tokenizer, text)
+    return ids if ids[:1] == [bos] else [bos, *ids]
+
+
+def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text, its special tokens included and no others added. ValueError if it is not valid Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt is not valid Unicode: {error}") from error
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids if ids[:1] == [bos] else [bos, *ids]
+        raise ValueError(f"the text is not valid Unicode: {error}") from error
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 class TextStream:
@@ -67,3 +73,13 @@ class TextStream:
     def rest(self) -> str:
         """What is held back at the end, incomplete bytes as replacement characters."""
         return self.tokenizer.decode(self.ids, skip_special_tokens=False)[self.shown :]
+
+
+def spelled(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[tuple[int | None, str]]:
+    """(token, the text that it completes) as tokens come; at their end, where bytes that complete no character are
+    left, (None, replacement characters)."""
+    stream = TextStream(tokenizer)
+    for token in tokens:
+        yield token, stream.push(token)
+    if rest := stream.rest():
+        yield None, rest
