@@ -1,0 +1,57 @@
+"""The command line: `dsv4-hal VERB`. One file per verb or group of them; the work is done elsewhere.
+
+Exit codes: 0 done, 2 usage or bad input, 3 backend unavailable, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+import dsv4_hal
+from dsv4_hal.cli.chat import chat
+from dsv4_hal.cli.common import notes
+from dsv4_hal.cli.environment import env
+from dsv4_hal.cli.generate import generate
+from dsv4_hal.cli.info import info
+from dsv4_hal.cli.init import init
+from dsv4_hal.cli.selection import backends, explain
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="DeepSeek-V4 on any backend.", pretty_exceptions_enable=False
+)
+for verb in (backends, explain, env, info, init, generate, chat):
+    app.command()(verb)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"dsv4-hal {dsv4_hal.__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run a verb; errors of input and environment become one line and an exit code."""
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    try:
+        app()
+    except dsv4_hal.BackendError as error:
+        _fail(error, 3)
+    except BrokenPipeError:  # the reader of standard output, `head` say, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
+        _fail(error, 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(error: Exception, code: int) -> None:
+    notes.print("[red]error:[/] " + escape(str(error) or type(error).__name__))
+    sys.exit(code)

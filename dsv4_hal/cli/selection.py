@@ -1,0 +1,140 @@
+"""`dsv4-hal backends` and `dsv4-hal explain`: what can run here, and what would run, op by op."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dsv4_hal.backend import BackendError
+from dsv4_hal.cli import common
+from dsv4_hal.dispatch import Resolution, Resolved, select
+from dsv4_hal.ops import OPS
+from dsv4_hal.registry import BackendInfo, list_backends
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+
+
+def backends(as_json: Json = False) -> None:
+    """List the registered backends: whether each can be used here, why not, and what to install."""
+    found = list_backends()
+    if as_json:
+        typer.echo(json.dumps([vars(info) for info in found], indent=2))
+        return
+    table = Table("backend", "usable", "reason", "to install", "registered by")
+    for info in found:
+        usable = "[green]yes[/]" if info.available else "[red]no[/]"
+        if info.available and not info.automatic:
+            usable += ", by name"
+        by = info.package or info.source
+        table.add_row(info.name, usable, *map(escape, (info.reason, info.remedy, by)))
+    Console().print(table)
+
+
+def explain(
+    config: common.Config = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint directory or preset.", metavar="DIR|PRESET")] = None,
+    sets: common.Set = None,
+    backend: common.Backend = None,
+    mode: common.Mode = None,
+    device: common.Device = None,
+    strict: common.Strict = None,
+    show_config: common.ShowConfig = False,
+    as_json: Json = False,
+) -> None:
+    """Say which backend runs each op, and why each other candidate does not. Loads no weights.
+
+    Exit code 3 where the run is strict and would be refused.
+    """
+    from dsv4_hal.model.config import find_config
+
+    run = common.configure(
+        config,
+        sets,
+        show_config,
+        model=("model", model),
+        backend=("backend", backend),
+        mode=("mode", mode),
+        device=("device", device),
+        strict=("strict", strict),
+    ).run
+    facts = {} if run.model is None else vars(find_config(run.model)[0])
+    ops = select(run.backend, common.numerics_of(run), facts, prefer=run.preferences(), device=run.device)
+    others = [info for info in list_backends() if info.name not in _involved(ops)]
+    refused = [r.fell_back for r in ops.resolutions if r.fell_back]
+    if as_json:
+        typer.echo(json.dumps(_report(ops, run.model, run.mode, others, refused if run.strict else None), indent=2))
+    else:
+        console = Console()
+        console.print(_table(ops))
+        console.print(_summary(ops, run.model, run.mode), soft_wrap=True)
+        for name, why in _not_considered(ops, others).items():
+            console.print(f"not considered: {name} ({escape(why)})", soft_wrap=True)
+    if run.strict and refused:
+        raise BackendError("strict: " + "\n  ".join(refused))
+
+
+def counts(ops: Resolved) -> Counter[str]:
+    """Ops by how they run: native, inherited, composite, reference."""
+    return Counter(r.runs_as for r in ops.resolutions)
+
+
+def _table(ops: Resolved) -> Table:
+    table = Table("op", "family", "runs as", "on", "rejected")
+    color = {"native": "green", "composite": "cyan", "inherited": "green", "reference": "yellow"}
+    for r in ops.resolutions:
+        rejected = "\n".join(f"{backend}: {reason}" for backend, reason in r.rejected)
+        runs = f"[{color[r.runs_as]}]{r.runs_as}[/]"
+        table.add_row(r.op, OPS[r.op].family, runs, r.backend or "its parts", escape(rejected))
+    return table
+
+
+def _summary(ops: Resolved, model: str | None, mode: str) -> str:
+    found = counts(ops)
+    kinds = ", ".join(f"{found[kind]} {kind}" for kind in ("native", "inherited", "composite", "reference"))
+    about = f"for {model}" if model else "for no model in particular (--model names one: its widths may be refused)"
+    return f"{ops.primary.name} on {ops.device}, {mode}, {about}: {kinds}"
+
+
+def _involved(ops: Resolved) -> set[str]:
+    """Backends that were asked for at least one op."""
+    return {n for r in ops.resolutions for n in (r.wanted, r.backend, *(name for name, _ in r.rejected))}
+
+
+def _not_considered(ops: Resolved, others: list[BackendInfo]) -> Mapping[str, str]:
+    unnamed = "not named in this run"
+    return {info.name: ops.passed.get(info.name, unnamed if info.available else info.reason) for info in others}
+
+
+def _report(
+    ops: Resolved, model: str | None, mode: str, others: list[BackendInfo], strict: list[str] | None
+) -> dict[str, Any]:
+    return {
+        "backend": ops.primary.name,
+        "device": str(ops.device),
+        "mode": mode,
+        "model": model,
+        "counts": {kind: counts(ops)[kind] for kind in ("native", "inherited", "composite", "reference")},
+        "ops": [_row(r) for r in ops.resolutions],
+        "not_considered": dict(_not_considered(ops, others)),
+        "strict": strict is not None,
+        "refused": strict or [],
+    }
+
+
+def _row(r: Resolution) -> dict[str, Any]:
+    rejected = [{"backend": backend, "reason": reason} for backend, reason in r.rejected]
+    return {
+        "op": r.op,
+        "family": OPS[r.op].family,
+        "runs_as": r.runs_as,
+        "backend": r.backend or None,
+        "wanted": r.wanted,
+        "rejected": rejected,
+    }
