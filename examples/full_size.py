@@ -30,7 +30,9 @@ def main(preset: str) -> None:
     prefill = calls.copy()
     calls.clear()
     model(torch.zeros(SEQUENCES, 1, dtype=torch.int64), cache)
-    table = Table("op", "family", "prefill", "decode", title=f"{preset}: calls of each op, those by composites included")
+    table = Table(
+        "op", "family", "prefill", "decode", title=f"{preset}: calls of each op, those by composites included"
+    )
     for op in OPS:
         if prefill[op] or calls[op]:
             table.add_row(op, OPS[op].family, str(prefill[op]), str(calls[op]))

@@ -125,7 +125,7 @@ class Conversation:
         protocol, stays in the conversation as far as it came; where nothing came, the messages are taken back.
         ValueError, and nothing changes, for a message that cannot be sent or does not fit the context.
         """
-        asked = [*self.messages, *(guarded(m, self.escape) for m in messages)]
+        asked = [*self.messages, *(guarded(m, self.escape, f"the {m.get('role')}'s message") for m in messages)]
         answer = Answer(self.think, self.tokenizer)
         prompt = render(asked, self.think)
         start = time.perf_counter()

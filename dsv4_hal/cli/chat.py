@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +28,8 @@ HELP = """\
 /history                show the conversation
 /help                   this
 /exit                   leave; so does Ctrl-D
-Ctrl-C stops an answer; what it said so far stays. A line that starts with a space is sent, whatever follows."""
+Ctrl-C stops an answer; what it said so far stays. Twice, it breaks off at once.
+A line that starts with a space is sent, whatever follows."""
 
 
 def chat(
@@ -107,9 +109,13 @@ class Session:
     def __init__(self, talk: Conversation, screen: Screen, longest: int, sampling: Sampling) -> None:
         self.talk, self.screen, self.longest, self.sampling = talk, screen, longest, sampling
         self.typed = sys.stdin.isatty()
+        self.asking = self.stop = False  # whether a line is being typed; whether Ctrl-C came since then
         if self.typed:
+            signal.signal(signal.SIGINT, self._ctrl_c)
             with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  (input() then edits lines and recalls earlier ones)
+                import readline  # input() then edits lines and recalls earlier ones
+
+                readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one message
 
     def hold(self) -> None:
         """Until the end of input or /exit. In a pipe the first error ends it."""
@@ -117,34 +123,42 @@ class Session:
             prompts = self.talk.prompts
             size = f"{prompts.context} tokens of context take {prompts.cache.nbytes / 1e6:.1f} MB"
             notes.print(f"[dim]{common.title(prompts.model)}; {size}. /help lists commands.[/]")
-        for line in self._lines("> "):
+        while (line := self._ask("> ")) is not None:
             if line.startswith("/"):
                 if not self._command(line.split()):
                     return
             elif line.strip():
                 self._turn([{"role": "user", "content": line.removeprefix(" ")}])
 
-    def _lines(self, prompt: str) -> Iterator[str]:
-        while (line := self._ask(prompt)) is not None:
-            yield line
+    def _ctrl_c(self, *_: object) -> None:
+        """Once, in an answer: the step that is being computed ends, and stays in the cache. Twice, or in a line that is
+        being typed: KeyboardInterrupt."""
+        if self.asking or self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
 
     def _ask(self, prompt: str) -> str | None:
-        """A line without its end; None at the end of input. Ctrl-C at the prompt starts the line anew."""
-        if not self.typed:
-            line = sys.stdin.readline()
-            return line.rstrip("\r\n") if line else None
+        """A line without its end; None at the end of input. Ctrl-C starts the line anew."""
         while True:
+            self.stop = False
             try:
-                if self.screen.terminal:
+                self.asking = self.typed
+                if self.typed and self.screen.terminal:
                     return input(prompt)
-                notes.print(prompt, end="")
+                if self.typed:
+                    notes.print(prompt, end="")
                 line = sys.stdin.readline()
                 return line.rstrip("\r\n") if line else None
             except EOFError:
                 notes.print()
                 return None
             except KeyboardInterrupt:
+                self.asking = False
+                if not self.typed:
+                    raise
                 notes.print("\n[dim]/exit or Ctrl-D leaves[/]")
+            finally:
+                self.asking = False
 
     def _turn(self, messages: list[Message]) -> None:
         """One answer, and as many more as it takes to give it the results of the tools it calls."""
@@ -155,14 +169,15 @@ class Session:
 
     def _answer(self, messages: list[Message]) -> bool:
         """Whether the answer came to an end by itself."""
-        interrupted = False
         self.talk.turn = None
         try:
             with contextlib.closing(self.talk.say(messages, self.longest, self.sampling)) as deltas:
                 for delta in deltas:
                     self.screen.write(delta)
+                    if self.stop:
+                        break
         except KeyboardInterrupt:
-            interrupted = True
+            self.stop = True
         except ValueError as error:
             if not self.typed:
                 raise
@@ -170,9 +185,9 @@ class Session:
             return False
         self.screen.finish()
         self._tell()
-        if interrupted and not self.typed:
+        if self.stop and not self.typed:
             raise KeyboardInterrupt
-        return not interrupted and self.talk.turn is not None and self.talk.turn.answer.end == "stop"
+        return self.talk.turn is not None and self.talk.turn.answer.end == "stop"
 
     def _tell(self) -> None:
         from dsv4_hal.cli.screen import tell
@@ -217,7 +232,9 @@ class Session:
 
 
 def _show(message: Message, write: Callable[[str], Any]) -> None:
+    from dsv4_hal.cli.screen import visible
+
     for key, value in message.items():
         if key != "role" and value:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            write(f"[bold]{message['role']}[/] [dim]{key}[/] {escape(text)}")
+            write(f"[bold]{message['role']}[/] [dim]{key}[/] {escape(visible(text))}")

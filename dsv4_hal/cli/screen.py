@@ -22,6 +22,11 @@ _PICTURES = (
 )
 
 
+def visible(text: str) -> str:
+    """`text` with its control characters made visible."""
+    return text.translate(_PICTURES)
+
+
 class Screen:
     """Writes the deltas of answers.
 
@@ -61,7 +66,7 @@ class Screen:
             self._put(sys.stdout, DIM if kind == "reasoning" else TOOL, raw=True)
 
     def _put(self, out: TextIO, text: str, raw: bool = False) -> None:
-        out.write(text if raw or not out.isatty() else text.translate(_PICTURES))
+        out.write(text if raw or not out.isatty() else visible(text))
         out.flush()
 
 

@@ -252,7 +252,9 @@ TOKENS = ["<think>", "</think>", "<｜User｜>", "<｜Assistant｜>", EOS, "｜D
 def test_protocol_tokens_in_a_message_are_refused_or_escaped(model: Model, token: str) -> None:
     talk = Conversation(model, TOKENIZER, 512)
     before = list(talk.messages)
-    with pytest.raises(ValueError, match=r"content holds the protocol token .* at character 4; with --protocol-tokens"):
+    with pytest.raises(
+        ValueError, match=r"user's message: content holds the protocol token .* at character 4; with --protocol"
+    ):
         hear(talk, user(f"say {token} now"))
     assert talk.messages == before
     talk.escape = True

@@ -28,7 +28,7 @@ def calls_of_a_step(cfg: ModelConfig, entries: bool) -> dict[str, int]:
     out |= dict.fromkeys(("embedding", "plan", "hc_head"), 1)
     out |= dict.fromkeys(("compress", "compressor", "compress_store"), compressors)
     out["index_topk"] = csa
-    # a layer: wq_a, wq_b, wkv, wo_b, gate, two of the shared expert; a compressor: wkv, wgate; an indexer: wq_b, weights
+    # a layer: wq_a, wq_b, wkv, wo_b, gate, two of the shared expert; a compressor and an indexer: two each; the head
     out["linear"] = 7 * layers + 2 * compressors + 2 * csa + 1
     # a layer: in front of both sub-layers, query latent, each query head, KV row; and in front of the output matrix
     out["rms_norm"] = 5 * layers + stored + 1
@@ -93,5 +93,7 @@ def test_calls_are_counted_where_there_is_arithmetic_too(small_model: Callable[.
 
 
 def test_a_preset_has_no_weights_to_compute_with() -> None:
-    with pytest.raises(ValueError, match="v4-flash is a preset: it has shapes but no weights, and reference needs some"):
+    with pytest.raises(
+        ValueError, match="v4-flash is a preset: it has shapes but no weights, and reference needs some"
+    ):
         dsv4_hal.load_model("v4-flash", backend="reference")
