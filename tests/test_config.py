@@ -212,3 +212,9 @@ def test_200_fuzzed_files_load_or_say_key_and_place(tmp_path: Path) -> None:
                 assert word in ("not", "must", "aliases", "a") or word.strip(":;").split(".")[-1] in text, str(error)
     assert min(loaded, refused) > 20, (loaded, refused)
     load(tmp_path, SOUND)
+
+
+def test_the_readme_shows_a_file_that_loads(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    assert load(tmp_path, shown).run.preferences() == {"sparse_attention": ("cuda", "reference")}
