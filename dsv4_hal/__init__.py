@@ -31,7 +31,7 @@ def load_model(
     backend: str | Sequence[str] = "auto",
     mode: str = "deployed",
     *,
-    ops: Mapping[str, Sequence[str]] | None = None,
+    ops: Mapping[str, str | Sequence[str]] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     shared_expert_clamp: bool = True,
@@ -45,7 +45,7 @@ def load_model(
               `list_backends`). Ops that they leave open run on the reference
     mode      "deployed": the published inference numerics; "exact": no quantisation of activations or cache rows,
               computed in `dtype` (default float32) whatever the checkpoint stores
-    ops       op -> backends in the order to try for it, and no others
+    ops       op or family of ops -> backends in the order to try for it, and no others
     device    torch device, default the backend's
     shared_expert_clamp  whether swiglu_limit also holds for the shared expert
     strict    refuse to run an op on another backend than the one asked for

@@ -70,7 +70,8 @@ class Backend(Ops):
             self.device = torch.device(device or self.device_type)
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise BackendError(f"backend {self.name}: device {device!r} cannot be used: {error}") from error
+            why = str(error).partition("\n")[0]
+            raise BackendError(f"backend {self.name}: device {device!r} cannot be used: {why}") from error
 
     @classmethod
     def available(cls) -> Verdict:

@@ -8,6 +8,7 @@ names the nearest one; every error names the key and the place.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +20,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from dsv4_hal.ops import OPS
+from dsv4_hal.ops import FAMILIES, OPS
 
 PREFIX = "DSV4_HAL_"
-FAMILIES = tuple(dict.fromkeys(spec.family for spec in OPS.values()))
 
 
 class RunError(ValueError):
@@ -100,14 +100,6 @@ class Run(Section):
                 raise ValueError(f"{name}: auto is not a backend; leave the op out")
         return value
 
-    def preferences(self) -> dict[str, tuple[str, ...]]:
-        """`ops` by op: a family stands for each of its ops, and an op's own entry wins over its family's."""
-        return {
-            name: self.ops.get(name, self.ops.get(spec.family, ()))
-            for name, spec in OPS.items()
-            if name in self.ops or spec.family in self.ops
-        }
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -161,9 +153,9 @@ def run_names() -> list[str]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested mappings; an empty one has none."""
+    """(dotted key, value) of nested mappings, an empty one as it is."""
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -190,7 +182,11 @@ def _from_file(file: str | os.PathLike[str]) -> Iterator[Setting]:
 def _from_yaml(text: str, name: str) -> Iterator[Setting]:
     """The leaves of a YAML document. RunError, with line and column, for what is not a plain tree of keys."""
     try:
+        depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 20:
+                raise RunError(f"{_place(name, event.start_mark)}: nested too deeply")
             if isinstance(event, yaml.AliasEvent):
                 raise RunError(f"{_place(name, event.start_mark)}: aliases (*{event.anchor}) are not read here")
         loader = yaml.SafeLoader(text)
@@ -207,8 +203,6 @@ def _from_yaml(text: str, name: str) -> Iterator[Setting]:
         before = text[: error.position]
         line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
         raise RunError(f"{name}:{line}:{column}: not YAML: character #x{error.character:04x}: {error.reason}") from None
-    except RecursionError:
-        raise RunError(f"{name}:1:1: nested too deeply") from None
 
 
 def _leaves(
@@ -230,8 +224,8 @@ def _leaves(
         else:
             try:
                 value = loader.construct_document(value_node)
-            except (yaml.YAMLError, ValueError, OverflowError) as error:
-                why = getattr(error, "problem", None) or error
+            except _BAD_VALUE as error:
+                why = getattr(error, "problem", None) or f"{type(error).__name__}: {error}"
                 raise RunError(f"{place}: {key}: cannot be read: {why}") from None
             if key in SECTIONS and value is None:
                 continue  # a section whose every key is commented out
@@ -241,6 +235,8 @@ def _leaves(
 def _from_environment(environ: Mapping[str, str]) -> Iterator[Setting]:
     for variable in sorted(environ):
         if variable.startswith(PREFIX):
+            if variable != variable.upper():
+                raise RunError(f"environment {variable}: write {variable.upper()}")
             key = variable.removeprefix(PREFIX).lower().replace("__", ".")
             yield Setting(key, _typed(key, environ[variable]), f"environment {variable}")
 
@@ -253,13 +249,19 @@ def _from_set(text: str) -> Setting:
 
 
 def _typed(key: str, text: str) -> Any:
-    """A value given as text: as it stands where the key holds text or names, else as YAML reads it."""
-    if key.startswith("ops.") or _LEAVES.get(key, (None, True))[1]:
-        return text
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return text  # validation says what it should have been
+    """A value given as text: as it stands where the key holds text or names, else the number or truth value it is.
+
+    What is neither stays text, and validation says what it should have been.
+    """
+    kind = _LEAVES.get(key, str)
+    with contextlib.suppress(ValueError):
+        if kind in (int, float):
+            return kind(text)
+    if kind is bool:
+        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(
+            text.lower(), text
+        )
+    return text
 
 
 # --- validation -----------------------------------------------------------------------------------------------------
@@ -283,8 +285,10 @@ def _validate(found: Mapping[str, Setting]) -> Run:
         try:
             return Run.model_validate(nested)
         except ValidationError as error:
-            problems = [_problem(dict(e), found) for e in error.errors(include_url=False)]
-    raise RunError(problems[0] if len(problems) == 1 else "\n  ".join([f"{len(problems)} problems", *problems]))
+            errors = error.errors(include_url=False)
+            problems = [_problem(dict(e), found) for e in errors[:_SHOWN]]
+            problems += [f"and {len(errors) - _SHOWN} more"] * (len(errors) > _SHOWN)
+    raise RunError(problems[0] if len(problems) == 1 else "\n  ".join(["several problems", *problems]))
 
 
 def _problem(error: Mapping[str, Any], found: Mapping[str, Setting]) -> str:
@@ -303,13 +307,22 @@ def _problem(error: Mapping[str, Any], found: Mapping[str, Setting]) -> str:
     message = message.replace("Input should be", "must be")
     if error["type"] in ("dict_type", "model_type"):
         message = "must be a mapping of keys to values"
-    got = "" if setting is None or setting.key != key else f", got {_shown(setting.value)}"
+    got = "" if setting is None or setting.key != key else f", got {_shown(setting.value)}{_number_hint(setting)}"
     return f"{place}: {setting.key if setting else key}: {message}{got}"
+
+
+def _number_hint(setting: Setting) -> str:
+    """YAML 1.1 reads 1e-1 as text."""
+    with contextlib.suppress(ValueError):
+        if _LEAVES.get(setting.key) in (int, float) and isinstance(setting.value, str):
+            return f"; YAML reads that as text, write {float(setting.value)}"
+    return ""
 
 
 def _nearest_key(key: str, shown: str) -> str:
     """The key that was probably meant: one of the same section, or one of that name in another."""
     elsewhere = [k for k in _LEAVES if k.rpartition(".")[2] == shown.rpartition(".")[2]]
+    elsewhere += [k for k in _LEAVES if k.replace(".", "_") == shown]  # one underscore where a dot needs two
     section = key.rpartition(".")[0]
     beside = [k for k in [*_LEAVES, *SECTIONS] if k.rpartition(".")[0] == section]
     near = elsewhere or difflib.get_close_matches(key, beside, 1) or difflib.get_close_matches(key, [*_LEAVES], 1)
@@ -321,17 +334,26 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, tuple[Any, bool]]]:
-    """(dotted key, (annotation, whether it holds text)) of every value."""
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of every value."""
     for name, field in section.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from _keys(kind, f"{prefix}{name}.")
         elif name != "ops":
-            yield f"{prefix}{name}", (kind, kind not in (int, float, bool))
+            yield f"{prefix}{name}", kind
 
 
 _LEAVES = dict(_keys(Run))
+_SHOWN = 10  # problems listed at most
+_BAD_VALUE = (
+    yaml.YAMLError,
+    ValueError,
+    OverflowError,
+    LookupError,
+    AttributeError,
+    TypeError,
+)  # PyYAML's own, of tags
 SECTIONS = (*(name for name, f in Run.model_fields.items() if f.annotation in (Generate, Chat)), "ops")
 
 

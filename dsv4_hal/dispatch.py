@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from dsv4_hal.backend import Backend, BackendError, Facts, Verdict
+from dsv4_hal.backend import Backend, BackendError, Facts, Origin, Verdict
 from dsv4_hal.formats import RowLayout, Weight
 from dsv4_hal.numerics import Numerics
-from dsv4_hal.ops import OPS, Ops
+from dsv4_hal.ops import FAMILIES, OPS, Ops
 from dsv4_hal.registry import FALLBACK, Passed, choose
 
 
@@ -39,7 +40,7 @@ class Resolution:
         return FALLBACK if self.backend == FALLBACK else self.kind
 
     @property
-    def fell_back(self) -> str:
+    def fallback(self) -> str:
         """Why `strict` refuses it: the op runs as neither code nor composite of the backend that was wanted."""
         if self.kind == "composite" or self.backend == self.wanted:
             return ""
@@ -64,10 +65,10 @@ class Resolved(Ops):
         self.passed = {}
 
     def row_layout(self, kind: str, dim: int, rope: int, ratio: int, window: int = 0) -> RowLayout:
-        return self.primary.row_layout(kind, dim, rope, ratio, window)
+        return _hook(self.primary, "row_layout", RowLayout, kind, dim, rope, ratio, window)
 
     def repack(self, weight: Weight) -> Weight:
-        return self.primary.repack(weight)
+        return _hook(self.primary, "repack", Weight, weight)
 
     def count_calls(self) -> Counter[str]:
         """A counter that from now on counts every op called, those that a composite calls included."""
@@ -91,17 +92,17 @@ def select(
     numerics: Numerics,
     facts: Facts | None = None,
     *,
-    prefer: Mapping[str, Sequence[str]] | None = None,
+    prefer: Mapping[str, str | Sequence[str]] | None = None,
     device: torch.device | str | None = None,
     strict: bool = False,
 ) -> Resolved:
     """Ops resolved from names: the backends asked for, those that `prefer` names, and the reference behind them.
 
     backends  names in order of preference; ("auto",): the first that can be used here
-    prefer    op -> names in the order to try for it, instead of `backends`
+    prefer    as for `by_op`
     facts, strict as in `resolve`; BackendError also where a backend that is named cannot be used
     """
-    prefer = prefer or {}
+    prefer = by_op(prefer or {})
     chosen, passed = choose(backends, numerics, device)
     first = chosen[0]
     everywhere = list(dict.fromkeys([*(b.name for b in chosen), FALLBACK]))
@@ -112,6 +113,21 @@ def select(
     ops = resolve(chosen, facts, order, strict)
     ops.passed = passed
     return ops
+
+
+def by_op(prefer: Mapping[str, str | Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Backends to try for each op, in order and no others, out of op or family -> one or several names.
+
+    A family stands for each of its ops; an op's own entry wins over its family's. BackendError for an unknown name.
+    """
+    if not isinstance(prefer, Mapping):
+        raise BackendError(f"preferences must be a mapping of ops to backends, got {prefer!r}")
+    for name in prefer:
+        if name not in OPS and name not in FAMILIES:
+            near = get_close_matches(str(name), [*OPS, *FAMILIES], 1)
+            raise BackendError(f"no op or family is called {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    found = {name: prefer.get(name, prefer.get(spec.family)) for name, spec in OPS.items()}
+    return {n: (names,) if isinstance(names, str) else tuple(names) for n, names in found.items() if names is not None}
 
 
 def resolve(
@@ -155,7 +171,7 @@ def resolve(
             run = _checked(spec.definition, ops, getattr(chosen, name))
         setattr(ops, name, run)
         resolutions.append(resolution)
-    refused = [r.fell_back for r in resolutions if r.fell_back]
+    refused = [r.fallback for r in resolutions if r.fallback]
     if strict and refused:
         raise BackendError("strict: " + "\n  ".join(refused))
     ops.resolutions = tuple(resolutions)
@@ -166,8 +182,13 @@ def _choose(op: str, candidates: Sequence[Backend], facts: Facts) -> tuple[Backe
     rejected: list[tuple[str, str]] = []
     wanted = candidates[0].name
     for backend in candidates:
-        origin = backend.origin(op)
-        verdict = Verdict(False, "not implemented") if origin.kind == "missing" else _supports(backend, op, facts)
+        origin = _hook(backend, "origin", Origin, op)
+        if origin.kind == "missing":
+            verdict = Verdict(False, "not implemented")
+        elif not callable(getattr(backend, op)):
+            verdict = Verdict(False, f"{op} is {getattr(backend, op)!r}, which cannot be called")
+        else:
+            verdict = _supports(backend, op, facts)
         if verdict:
             return backend, Resolution(op, origin.kind, origin.backend, tuple(rejected), wanted)
         rejected.append((backend.name, verdict.reason))
@@ -181,9 +202,26 @@ def _supports(backend: Backend, op: str, facts: Facts) -> Verdict:
     """`backend.supports`, where an exception is a reason too: one broken question must not hide all other answers."""
     try:
         verdict = backend.supports(op, facts)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Verdict(False, f"supports() failed: {type(error).__name__}: {error}")
     return verdict if isinstance(verdict, Verdict) else Verdict(False, f"supports() returned {verdict!r}, no Verdict")
+
+
+T = TypeVar("T")
+
+
+def _hook(backend: Backend, name: str, kind: type[T], *args: Any) -> T:
+    """What a backend answers. BackendError where it fails, or answers with something else; a refusal (ValueError) is
+    passed on as it is."""
+    try:
+        found = getattr(backend, name)(*args)
+    except (BackendError, ValueError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise BackendError(f"backend {backend.name}: {name}() failed: {type(error).__name__}: {error}") from error
+    if not isinstance(found, kind):
+        raise BackendError(f"backend {backend.name}: {name}() returned {found!r}, not a {kind.__name__}")
+    return found
 
 
 def _checked(check: Callable[..., Any], ops: Ops, run: Callable[..., Any]) -> Callable[..., Any]:

@@ -73,18 +73,20 @@ def available(cls: type[Backend]) -> Verdict:
         verdict = cls.available()
     except (Exception, SystemExit) as error:
         return Verdict(False, f"its probe failed: {type(error).__name__}: {error}")
-    if not isinstance(verdict, Verdict):
-        return Verdict(False, f"its probe returned {verdict!r}, not a Verdict")
+    if not isinstance(verdict, Verdict) or not isinstance(verdict.reason, str) or not isinstance(verdict.remedy, str):
+        return Verdict(False, f"its probe returned {verdict!r}, not a Verdict with a reason")
     return verdict
 
 
 def choose(names: Sequence[str], numerics: Numerics, device: torch.device | str | None) -> tuple[list[Backend], Passed]:
     """The backends that `names` stand for, first the one that gives device and layouts, and those passed over.
 
-    names   registered names; ("auto",) stands for the first that can be used here, the fallback last
+    names   registered names; ("auto",) stands for the first that can be used here, by name, the fallback last
     device  default that of the first backend; all share it
     A backend that is named must be usable: BackendError says why it is not. `auto` passes over with a reason.
     """
+    if not names or not all(isinstance(name, str) for name in names):
+        raise BackendError(f"backends are given by one or more names, got {names!r}")
     if tuple(names) == ("auto",):
         return _automatic(numerics, device)
     first = _build(names[0], numerics, device)
@@ -122,7 +124,10 @@ def _build(name: str, numerics: Numerics, device: torch.device | str | None) -> 
         hint = f" ({verdict.remedy})" if verdict.remedy else ""
         raise BackendError(f"backend {name} cannot be used here: {verdict.reason}{hint}")
     try:
-        return cls(numerics, device)
+        made = cls(numerics, device)
+        if not isinstance(made.device, torch.device) or not isinstance(made.numerics, Numerics):
+            raise TypeError("it has no device, or no numeric profile")
+        return made
     except BackendError:
         raise
     except (Exception, SystemExit) as error:

@@ -32,8 +32,8 @@ THINK = ("none", "high", "max")  # answer at once; think first; think first, ask
 class Answer:
     """An answer as its tokens come.
 
-    end      "stop": it ended itself; "length": tokens ran out; "interrupted"; or "malformed: ..." with the place where
-             it left the protocol
+    end      "stop": it ended itself; "length": no more tokens were allowed; "context": no more fit; "interrupted"; or
+             "malformed: ..." with the place where it left the protocol
     made     tokens
     """
 
@@ -112,7 +112,7 @@ class Conversation:
     ) -> None:
         # what asks for an answer ends the prompt; a later prompt may have other such tokens in its place
         self._tail = re.compile(f"(?:{'|'.join(map(re.escape, load_protocol().tokens))})+$")
-        self.opening = [guarded(m, escape) for m in opening]
+        self.opening = [guarded(m, escape, _named(m)) for m in opening]
         self.messages = list(self.opening)
         self.tokenizer, self.think, self.escape, self.turns = tokenizer, think, escape, 0
         self.prompts = PromptCache(model, tokenizer, min(context, model.cfg.max_position_embeddings))
@@ -125,7 +125,9 @@ class Conversation:
         protocol, stays in the conversation as far as it came; where nothing came, the messages are taken back.
         ValueError, and nothing changes, for a message that cannot be sent or does not fit the context.
         """
-        asked = [*self.messages, *(guarded(m, self.escape, f"the {m.get('role')}'s message") for m in messages)]
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        asked = [*self.messages, *(guarded(m, self.escape, _named(m)) for m in messages)]
         answer = Answer(self.think, self.tokenizer)
         prompt = render(asked, self.think)
         start = time.perf_counter()
@@ -141,6 +143,8 @@ class Conversation:
             if answer.made:
                 self.messages = [*asked, self._numbered(answer.message)]
                 self.turns += 1
+            if answer.end == "length" and answer.made < max_new_tokens:
+                answer.end = "context"
             writing = time.perf_counter() - first
             self.turn = Turn(answer, self.prompts.reused, self.prompts.computed, first - start, writing)
 
@@ -156,11 +160,39 @@ class Conversation:
 
 
 def render(messages: Sequence[Message], think: str) -> str:
-    """The prompt of a conversation that awaits an answer. ValueError names the message that cannot be rendered."""
-    last = messages[-1] if messages else {}
-    if not messages or (last.get("role") == "assistant" and not last.get("task")):
+    """The prompt of a conversation that awaits an answer. ValueError names the message that cannot be rendered, or says
+    that two texts make a protocol token where they meet: nothing but one of them could be changed to prevent it."""
+    if not messages:
+        raise ValueError("the conversation has no messages")
+    prompt = encode_messages(messages, _mode(think), reasoning_effort=think)
+    last = messages[-1]
+    asks = last["role"] in ("user", "tool", "developer") or (last["role"] == "assistant" and last.get("task"))
+    if not asks:
         raise ValueError("the conversation awaits no answer: its last message must be a user's or a tool's")
-    return encode_messages(messages, _mode(think), reasoning_effort=think)
+    marked = encode_messages([_marked(m) for m in messages], _mode(think), reasoning_effort=think)
+    joined, seams = "", set[int]()
+    for piece in _SEAM.split(marked):
+        seams.add(len(joined))
+        joined += piece.replace(_START, "").replace(_END, "")
+    for match in load_protocol().in_user_text.finditer(joined):
+        if any(match.start() < seam < match.end() for seam in seams):
+            raise ValueError(f"two messages, one after the other, make the protocol token {match.group()}")
+    return prompt
+
+
+_START, _END = "\ufdd0", "\ufdd1"  # noncharacters: around each text, to see where two of them meet
+_SEAM = re.compile(f"{_END}(?:{_START}{_END})*{_START}")
+
+
+def _marked(message: Message) -> Message:
+    """The message with its texts between marks."""
+
+    def mark(value: Any) -> Any:
+        if isinstance(value, str):
+            return f"{_START}{value}{_END}"
+        return [{**part, "text": mark(part["text"])} for part in value] if isinstance(value, list) else value
+
+    return {key: mark(value) if key in ("content", "reasoning_content") else value for key, value in message.items()}
 
 
 def with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -183,6 +215,8 @@ def guarded(message: Message, escape: bool, name: str = "message") -> Message:
     protocol = load_protocol()
 
     def text(value: str, key: str) -> str:
+        if (lone := re.search(r"[\ud800-\udfff]", value)) is not None:
+            raise ValueError(f"{name}: {key} is not valid Unicode at character {lone.start()}")
         found = find_protocol_token(value, protocol)
         if found and not escape:
             token, place = found
@@ -194,10 +228,11 @@ def guarded(message: Message, escape: bool, name: str = "message") -> Message:
 
     def walk(value: Any, key: str) -> Any:
         if isinstance(value, str):
-            if not key.endswith("function.arguments"):
+            if not _ARGUMENTS.fullmatch(key):
                 return text(value, key)
             inside = json.loads(value)  # its escapes could hide a token
-            return value if inside == walk(inside, f"{key}:") else json.dumps(walk(inside, f"{key}:"))
+            safe = walk(inside, f"{key}:")
+            return text(value, key) if inside == safe else json.dumps(safe)
         if isinstance(value, Mapping):
             return {text(str(k), f"a name in {key}"): walk(v, f"{key}.{k}") for k, v in value.items()}
         if isinstance(value, list):
@@ -210,6 +245,11 @@ def guarded(message: Message, escape: bool, name: str = "message") -> Message:
         return {key: value if key == "role" else walk(value, key) for key, value in message.items()}
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}: arguments of a tool call are not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{name} is nested too deeply") from error
+
+
+_ARGUMENTS = re.compile(r"tool_calls\[\d+\]\.function\.arguments")
 
 
 def end_token(tokenizer: Tokenizer) -> int:
@@ -219,6 +259,10 @@ def end_token(tokenizer: Tokenizer) -> int:
     if found is None:
         raise ValueError(f"the tokenizer has no token {eos}: it is not DeepSeek-V4's")
     return int(found)
+
+
+def _named(message: Message) -> str:
+    return f"the {message['role']}'s message" if isinstance(message, Mapping) and "role" in message else "a message"
 
 
 def _mode(think: str) -> str:

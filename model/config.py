@@ -191,7 +191,7 @@ def load_config(directory: str | os.PathLike[str]) -> ModelConfig:
         why = "no such file" if Path(directory).is_dir() else "no such directory"
         raise ConfigError(f"{path}: {why}; a checkpoint is a directory with config.json and safetensors files")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -434,7 +434,7 @@ def _presets() -> Any:
     return files("dsv4_hal") / "configs" / "models"
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """json's object hook: of a key that stands twice, plain json would keep the last in silence."""
     out = dict(pairs)
     if len(out) != len(pairs):

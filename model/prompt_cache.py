@@ -55,7 +55,9 @@ class PromptCache:
         last = tokenize(self.tokenizer, rest)
         if stored + len(new) + len(last) >= self.context:
             total = stored + len(new) + len(last)
-            raise ValueError(f"the conversation has {total} tokens, and the context {self.context}")
+            raise ValueError(
+                f"the conversation has {total} tokens, and the context holds {self.context}: clear it, or enlarge that"
+            )
         self.logits, self.reused, self.computed = None, stored, len(new) + len(last)
         self.live = 1 - number
         self._forget(self.live)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> Tokenizer:
     FileNotFoundError if neither is there; ValueError if the file cannot be read, or makes ids that the model lacks.
     """
     path = Path(directory) / "tokenizer.json"
-    if path.is_file():
+    if os.path.lexists(path):
         source = str(path)
     elif find_spec(PACKAGE) is not None:
         source = str(files(PACKAGE) / "tokenizer.json")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv4_hal import registry
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.dispatch import resolve
 from dsv4_hal.formats import Weight, plain_format
@@ -65,6 +66,16 @@ SMALL = {
     "eos_token_id": 1,
     "initializer_range": 0.02,
 }
+
+
+@pytest.fixture(autouse=True)
+def only_our_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends that other packages register on this machine have no part in these tests, but for those they make."""
+    every = registry.entry_points
+    ours = ("dsv4-hal", "third-vendor")
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [e for e in every(group=group) if e.dist and e.dist.name in ours]
+    )
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from dsv4_hal.config import Loaded, RunError, load_run, run_names
-from dsv4_hal.dispatch import select
+from dsv4_hal.dispatch import by_op, select
 from dsv4_hal.numerics import numerics_for
+from dsv4_hal.ops import OPS
 
 
 def write(path: Path, text: str) -> Path:
@@ -40,14 +41,14 @@ def test_the_order_of_places(tmp_path: Path) -> None:
 def test_every_default_is_shown_once() -> None:
     keys = [s.key for s in load_run(environ={}).settings()]
     assert len(keys) == len(set(keys))
-    assert {"model", "backend", "mode", "strict", "generate.top_p", "chat.think"} <= set(keys)
+    assert {"model", "backend", "ops", "mode", "strict", "generate.top_p", "chat.think"} <= set(keys)
 
 
 def test_priority_lists(tmp_path: Path) -> None:
     text = "backend: cuda\nops:\n  sparse_attention: [cuda, reference]\n  moe: reference\n"
     run = load_run(write(tmp_path, text), ["ops.swiglu=cuda,reference"], environ={}).run
     assert run.backend == ("cuda",)
-    found = run.preferences()
+    found = by_op(run.ops)
     assert found["sparse_attention"] == found["swiglu"] == ("cuda", "reference")
     assert found["route"] == found["mlp"] == ("reference",)
     assert "linear" not in found
@@ -55,8 +56,8 @@ def test_priority_lists(tmp_path: Path) -> None:
 
 def test_values_given_as_text_have_the_type_of_their_key() -> None:
     sets = ["generate.temperature=1", "strict=true", "backend=null", "model=123", "chat.system=true", "chat.context=99"]
-    run = load_run(None, sets, environ={}).run
-    assert run.generate.temperature == 1.0
+    run = load_run(None, [*sets, "generate.top_p=1e-1", "generate.seed=010"], environ={}).run
+    assert (run.generate.temperature, run.generate.top_p, run.generate.seed) == (1.0, 0.1, 10)
     assert run.strict is True
     assert run.backend == ("null",)
     assert (run.model, run.chat.system, run.chat.context) == ("123", "true", 99)
@@ -101,10 +102,14 @@ def test_empty_files_and_sections_set_nothing(tmp_path: Path) -> None:
         ("[1", "1:3: not YAML: expected ',' or ']'"),
         ("a:\n\tb", "2:1: not YAML: found character '\\t'"),
         ("--- a\n--- b", "2:1: not YAML: but found another document"),
-        ("device: 2001-99-99", "1:1: device: cannot be read: month must be in 1..12"),
+        ("device: 2001-99-99", "1:1: device: cannot be read: ValueError: month must be in 1..12"),
         ("model: !!python/object:os.system x", "1:1: model: cannot be read: could not determine a constructor"),
+        ("generate: {temperature: 1e-1}", "got '1e-1'; YAML reads that as text, write 0.1"),
+        ("generate: {seed: !!int ''}", "1:12: generate.seed: cannot be read: IndexError"),
+        ("strict: !!bool x", "1:1: strict: cannot be read: KeyError"),
+        ("chat: {system: !!timestamp x}", "1:8: chat.system: cannot be read: AttributeError"),
         ("\x00", "1:1: not YAML: character #x0000"),
-        ("a: " + "[" * 3000 + "]" * 3000, "1:1: nested too deeply"),
+        ("a: " + "[" * 9000, "1:23: nested too deeply"),
     ],
 )
 def test_errors_name_key_and_place(tmp_path: Path, text: str, error: str) -> None:
@@ -114,8 +119,14 @@ def test_errors_name_key_and_place(tmp_path: Path, text: str, error: str) -> Non
     assert error in str(caught.value)
 
 
+def test_only_the_first_problems_are_listed(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="and 2990 more") as caught:
+        load(tmp_path, "".join(f"key{n}: 1\n" for n in range(3000)))
+    assert len(str(caught.value)) < 3000
+
+
 def test_all_problems_are_listed(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="2 problems") as caught:
+    with pytest.raises(RunError, match="several problems") as caught:
         load(tmp_path, "nope: 1\nstrict: 5\n")
     assert "run.yaml:1:1: unknown key nope" in str(caught.value)
     assert "run.yaml:2:1: strict: must be a valid boolean" in str(caught.value)
@@ -132,6 +143,9 @@ def test_all_problems_are_listed(tmp_path: Path) -> None:
         (["generate.seed=1", "generate.seed.x=1"], {}, "a key cannot be both a value and a section"),
         (["ops.linear.x=cuda"], {}, "ops.linear"),
         ([], {"DSV4_HAL_BACKNED": "x"}, "environment DSV4_HAL_BACKNED: unknown key backned; did you mean backend?"),
+        ([], {"DSV4_HAL_GENERATE_TOP_P": "1"}, "unknown key generate_top_p; did you mean generate.top_p?"),
+        ([], {"DSV4_HAL_mode": "exact"}, "environment DSV4_HAL_mode: write DSV4_HAL_MODE"),
+        (["strict=!!bool x"], {}, "strict: must be a valid boolean, got '!!bool x'"),
         ([], {"DSV4_HAL_MODE": "slow"}, "environment DSV4_HAL_MODE: mode: must be 'deployed' or 'exact', got 'slow'"),
     ],
 )
@@ -153,7 +167,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", run_names())
 def test_what_comes_with_the_package(name: str) -> None:
     run = load_run(name, environ={}).run
-    ops = select(run.backend, numerics_for(run.mode), prefer=run.preferences(), strict=True)
+    ops = select(run.backend, numerics_for(run.mode), prefer=run.ops, strict=True)
     assert ops.primary.name == run.backend[0]
 
 
@@ -217,4 +231,6 @@ def test_200_fuzzed_files_load_or_say_key_and_place(tmp_path: Path) -> None:
 def test_the_readme_shows_a_file_that_loads(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     (shown,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
-    assert load(tmp_path, shown).run.preferences() == {"sparse_attention": ("cuda", "reference")}
+    run = load(tmp_path, shown).run
+    assert set(by_op(run.ops)) == {"sparse_attention", *(n for n, spec in OPS.items() if spec.family == "moe")}
+    select(run.backend, numerics_for(run.mode), prefer=run.ops, strict=run.strict)

@@ -10,7 +10,8 @@ from dsv4_hal import dispatch
 from dsv4_hal.backend import Backend, BackendError, Facts, Origin, Verdict
 from dsv4_hal.backends.null import Null
 from dsv4_hal.backends.reference import Reference
-from dsv4_hal.dispatch import resolve
+from dsv4_hal.dispatch import by_op, resolve, select
+from dsv4_hal.formats import FORMATS, Weight
 from dsv4_hal.numerics import deployed, exact
 from dsv4_hal.ops import OPS, ContractError
 
@@ -147,6 +148,63 @@ def test_strict() -> None:
         resolve([VENDOR], strict=True)
     with pytest.raises(BackendError, match=r"strict: .*half: not implemented"):
         resolve([HALF, REFERENCE], strict=True)
+
+
+def test_preferences_by_family_and_by_op() -> None:
+    found = by_op({"moe": ["vendor", "reference"], "swiglu": "reference"})
+    assert found["swiglu"] == ("reference",)
+    assert found["route"] == found["mlp"] == ("vendor", "reference")
+    assert "linear" not in found
+    with pytest.raises(BackendError, match="no op or family is called 'linaer'; did you mean linear"):
+        select(["reference"], exact(), prefer={"linaer": ["reference"]})
+    with pytest.raises(BackendError, match="must be a mapping"):
+        by_op(["linear"])  # type: ignore[arg-type]
+
+
+def raises(error: BaseException) -> Any:
+    def hook(*_: Any) -> Any:
+        raise error
+
+    return hook
+
+
+@pytest.mark.parametrize(
+    ("hook", "answer", "message"),
+    [
+        ("origin", raises(KeyError("x")), r"backend odd: origin\(\) failed: KeyError: 'x'"),
+        ("origin", lambda op: None, r"backend odd: origin\(\) returned None, not a Origin"),
+        ("row_layout", raises(SystemExit(3)), r"backend odd: row_layout\(\) failed: SystemExit: 3"),
+        ("repack", raises(KeyError("x")), r"backend odd: repack\(\) failed: KeyError: 'x'"),
+        ("repack", lambda weight: None, r"backend odd: repack\(\) returned None, not a Weight"),
+    ],
+)
+def test_a_backend_that_breaks_in_a_hook_is_named(hook: str, answer: Any, message: str) -> None:
+    odd = type("Odd", (Reference,), {"name": "odd"})(exact())
+    setattr(odd, hook, answer)
+    with pytest.raises(BackendError, match=message):
+        ops = resolve([odd])
+        ops.row_layout("window", 96, 32, 1, 8)
+        ops.repack(Weight(torch.zeros(2, 2), None, FORMATS["fp32"]))
+
+
+@pytest.mark.parametrize(
+    ("supports", "reason"),
+    [
+        (raises(SystemExit(7)), "supports() failed: SystemExit: 7"),
+        (lambda *_: True, "supports() returned True, no Verdict"),
+    ],
+)
+def test_a_question_that_breaks_is_a_refusal(supports: Any, reason: str) -> None:
+    odd = type("Odd", (Vendor,), {"name": "odd"})(exact())
+    odd.supports = supports
+    found = {r.op: r for r in resolve([odd, REFERENCE]).resolutions}
+    assert found["linear"].rejected == (("odd", reason),) and found["linear"].backend == "reference"
+
+
+def test_what_cannot_be_called_is_not_an_op() -> None:
+    odd = type("Odd", (Reference,), {"name": "odd", "linear": 5})(exact())
+    found = {r.op: r for r in resolve([odd, REFERENCE]).resolutions}
+    assert found["linear"].rejected == (("odd", "linear is 5, which cannot be called"),)
 
 
 def test_backends_that_compute_differently_are_not_mixed() -> None:

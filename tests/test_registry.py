@@ -117,7 +117,7 @@ def test_every_kind_of_unusable_backend_says_why() -> None:
     found = {info.name: info for info in list_backends()}
     assert (found["absent"].reason, found["absent"].remedy) == ("no such card", "buy one")
     assert found["faulty"].reason == "its probe failed: OSError: libdriver.so: cannot open shared object file"
-    assert found["vague"].reason == "its probe returned True, not a Verdict"
+    assert found["vague"].reason == "its probe returned True, not a Verdict with a reason"
     assert "SystemExit: 3" in found["quits"].reason
     assert {name for name, info in found.items() if info.available} == {"brittle", "sound", "reference", "null"}
     assert [name for name, info in found.items() if info.available and not info.automatic] == ["null"]

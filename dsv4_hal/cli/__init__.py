@@ -37,15 +37,18 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main() -> None:
     """Run a verb; errors of input and environment become one line and an exit code."""
-    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    if sys.stderr is None:  # closed: notes have nowhere to go, and answers must not be lost for it
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+    if sys.stdout is None:
+        _fail(ValueError("standard output is closed"), 2)
+    if hasattr(
+        sys.stdout, "reconfigure"
+    ):  # what an encoding lacks: a mark for eyes, an escape where nothing may be lost
+        sys.stdout.reconfigure(errors="replace" if sys.stdout.isatty() else "backslashreplace")
     try:
         app()
     except dsv4_hal.BackendError as error:
         _fail(error, 3)
-    except BrokenPipeError:  # the reader of standard output, `head` say, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(141)
     except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
         _fail(error, 2)
     except KeyboardInterrupt:

@@ -54,11 +54,11 @@ def chat(
     shared_expert_clamp: Clamp = None,
     show_config: common.ShowConfig = False,
 ) -> None:
-    """Talk with a model. On a terminal, type; in a pipe, each line is a message.
+    """Talk with a model. On a terminal, type; in a pipe, each line is a message or a command (/help).
 
     A later turn computes only what is new. Answers go to standard output, notes to standard error.
     """
-    run = common.configure(
+    loaded = common.configure(
         config,
         sets,
         show_config,
@@ -76,11 +76,12 @@ def chat(
         device=("device", device),
         strict=("strict", strict),
         shared_expert_clamp=("shared_expert_clamp", shared_expert_clamp),
-    ).run
-    if sys.stdin is None or sys.stdout is None:
-        raise ValueError("standard input and standard output must be open")
+    )
+    run = loaded.run
+    if sys.stdin is None:
+        raise ValueError("standard input is closed")
     from dsv4_hal.cli.screen import Screen
-    from dsv4_hal.model.chat import Conversation, guarded, with_tools
+    from dsv4_hal.model.chat import Conversation, with_tools
     from dsv4_hal.model.config import load_config
     from dsv4_hal.model.generate import Sampling
     from dsv4_hal.model.tokenizer import load_tokenizer
@@ -89,15 +90,13 @@ def chat(
     tokenizer = load_tokenizer(path, load_config(path).vocab_size)
     opening = [] if run.chat.system is None else [{"role": "system", "content": run.chat.system}]
     opening = with_tools(opening, [] if tools is None else read_tools(tools))
-    escape_tokens = run.chat.protocol_tokens == "escape"
-    safe = [guarded(m, escape_tokens, "the system message") for m in opening]
     talk = Conversation(
-        common.load(run),
+        common.load(loaded),
         tokenizer,
         run.chat.context,
         think=run.chat.think,
-        opening=safe,
-        escape=escape_tokens,
+        opening=opening,
+        escape=run.chat.protocol_tokens == "escape",
     )
     sampling = Sampling(run.generate.temperature, run.generate.top_p, run.generate.seed)
     Session(talk, Screen(), run.chat.max_new_tokens, sampling).hold()
@@ -122,7 +121,7 @@ class Session:
         if self.typed:
             prompts = self.talk.prompts
             size = f"{prompts.context} tokens of context take {prompts.cache.nbytes / 1e6:.1f} MB"
-            notes.print(f"[dim]{common.title(prompts.model)}; {size}. /help lists commands.[/]")
+            notes.print(f"[dim]{escape(common.title(prompts.model))}; {size}. /help lists commands.[/]")
         while (line := self._ask("> ")) is not None:
             if line.startswith("/"):
                 if not self._command(line.split()):
@@ -146,7 +145,7 @@ class Session:
                 if self.typed and self.screen.terminal:
                     return input(prompt)
                 if self.typed:
-                    notes.print(prompt, end="")
+                    notes.print(escape(prompt), end="")
                 line = sys.stdin.readline()
                 return line.rstrip("\r\n") if line else None
             except EOFError:
@@ -199,9 +198,11 @@ class Session:
 
     def _results(self, calls: list[dict[str, Any]]) -> list[Message]:
         """What the tools returned, asked for one by one; none where one is not given."""
+        from dsv4_hal.cli.screen import visible
+
         results: list[Message] = []
         for call in calls:
-            line = self._ask(f"result of {call['function']['name']} (empty: none)> ")
+            line = self._ask(visible(f"result of {call['function']['name']} (empty: none)> "))
             if not line:
                 notes.print("[dim]no result: the tools are not answered[/]")
                 return []
@@ -224,8 +225,12 @@ class Session:
             case ["/history"]:
                 for message in self.talk.messages:
                     _show(message, notes.print)
+                if not self.talk.messages:
+                    notes.print("[dim]nothing yet[/]")
             case ["/help"]:
                 notes.print(HELP)
+            case _ if not self.typed:
+                raise ValueError(f"no such command: {' '.join(words)}; a line that starts with a space is a message")
             case _:
                 notes.print(f"[yellow]no such command:[/] {escape(' '.join(words))}; /help lists them")
         return True

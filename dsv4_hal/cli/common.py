@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,12 +17,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 import dsv4_hal
+from dsv4_hal.backend import BackendError
 from dsv4_hal.config import Loaded, Run, load_run
 from dsv4_hal.dispatch import Resolved
 from dsv4_hal.numerics import Numerics, numerics_for
+from dsv4_hal.registry import FALLBACK, list_backends
 
 if TYPE_CHECKING:
     from dsv4_hal.model.transformer import Model
+
+KINDS = ("native", "inherited", "composite", "reference")
 
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
 """Standard error: everything that is not what the verb was asked for."""
@@ -36,22 +43,51 @@ ShowConfig = Annotated[bool, typer.Option("--show-config", help="Print every val
 
 
 def configure(config: Path | None, sets: list[str] | None, show: bool = False, **options: tuple[str, Any]) -> Loaded:
-    """The run out of file, environment and command line. options: flag, without dashes -> (key, value or None)."""
-    flags = {"--" + flag.replace("_", "-"): option for flag, option in options.items()}
+    """The run out of file, environment and command line. options: flag, without dashes, or
+    ARGUMENT -> (key, value or None)."""
+    flags = {
+        f"argument {flag}" if flag.isupper() else "--" + flag.replace("_", "-"): option
+        for flag, option in options.items()
+    }
     loaded = load_run(config, sets or (), flags)
     if show:
         notes.print(settings_yaml(loaded), markup=False)
     return loaded
 
 
+def console() -> Console:
+    """Standard output for tables: never so narrow that words would be lost."""
+    out = Console()
+    out.width = max(out.width, 80)
+    return out
+
+
 def settings_yaml(loaded: Loaded, write: Callable[[str], str] = str) -> str:
     """Every value of the run and where it came from: a YAML file that loads as this run. Texts go through `write`."""
     rows = [
-        (f"{s.key}: {write(json.dumps(s.value, ensure_ascii=False))}", write(s.place) or "default")
+        (f"{s.key}: {_printable(write(json.dumps(s.value, ensure_ascii=False)))}", _printable(write(s.place)))
         for s in loaded.settings()
     ]
     width = max(len(value) for value, _ in rows if len(value) < 60)
-    return "\n".join(f"{value:{width}}  # {place}" for value, place in rows)
+    return "\n".join(f"{value:{width}}  # {place or 'default'}" for value, place in rows)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+
+
+@contextlib.contextmanager
+def placed(loaded: Loaded) -> Iterator[None]:
+    """Says, of a backend that cannot be used, which setting named it."""
+    try:
+        yield
+    except BackendError as error:
+        for setting in loaded.settings():
+            names = setting.value if isinstance(setting.value, tuple) else (setting.value,)
+            chooses = setting.key in ("backend", "device") or setting.key.startswith("ops.")
+            if chooses and setting.place and any(re.search(rf"\b{re.escape(str(n))}\b", str(error)) for n in names):
+                raise BackendError(f"{setting.place}: {setting.key}: {error}") from error
+        raise
 
 
 def numerics_of(run: Run) -> Numerics:
@@ -82,19 +118,17 @@ def title(model: Model) -> str:
     return f"{model.ops.primary.name}, {model.ops.numerics.mode}"
 
 
-def load(run: Run) -> Model:
-    """The run's model, with a progress bar, and a note for every op that its backend refused.
-
-    Says so where the checkpoint's weights are random.
-    """
+def load(loaded: Loaded) -> Model:
+    """The run's model, with a progress bar; what does not run on its backend, and other things to know, as notes."""
     from dsv4_hal.model.checkpoint import weights_are_random
 
-    with _loading() as progress:
+    run = loaded.run
+    with placed(loaded), _loading() as progress:
         model = dsv4_hal.load_model(
             model_of(run),
             run.backend,
             run.mode,
-            ops=run.preferences(),
+            ops=run.ops,
             device=run.device,
             dtype=numerics_of(run).storage if run.dtype else None,
             shared_expert_clamp=run.shared_expert_clamp,
@@ -102,13 +136,36 @@ def load(run: Run) -> Model:
             progress=progress,
         )
     assert isinstance(model.ops, Resolved)
-    for r in model.ops.resolutions:
-        if r.rejected:
-            why = "; ".join(f"{backend}: {reason}" for backend, reason in r.rejected)
-            notes.print(f"[yellow]{r.op} runs as {r.runs_as}[/] ({escape(why)})")
+    for line in remarks(model.ops):
+        notes.print(f"[yellow]{escape(line)}[/]")
     if weights_are_random(directory_of(run)):
         notes.print("[yellow]The weights are random: expect noise, not language.[/]")
     return model
+
+
+def remarks(ops: Resolved) -> Iterator[str]:
+    """What a user must not overlook: backends that were passed over as broken, ops that run elsewhere, and why."""
+    for info in list_backends():
+        if info.name in ops.passed and not info.available:
+            yield f"backend auto passed over {info.name}: {info.reason}"
+    reasons: dict[str, list[str]] = {}
+    for r in ops.resolutions:
+        for backend, reason in r.rejected:
+            reasons.setdefault(f"run as {r.runs_as} ({backend}: {reason})", []).append(r.op)
+    for reason, names in reasons.items():
+        yield (
+            f"{len(names)} ops {reason}: {', '.join(names)}"
+            if len(names) > 1
+            else f"{names[0]} {reason}".replace(" run as", " runs as", 1)
+        )
+    if ops.primary.name != FALLBACK:
+        yield f"{ops.primary.name}: {kinds(ops)}"
+
+
+def kinds(ops: Resolved) -> str:
+    """Ops by how they run, counted."""
+    found = Counter(r.runs_as for r in ops.resolutions)
+    return ", ".join(f"{found[kind]} {kind}" for kind in KINDS) + " ops"
 
 
 class _loading:

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import dsv4_hal
 from dsv4_hal.cli import common
 from dsv4_hal.cli.selection import Json
+from dsv4_hal.config import PREFIX
 from dsv4_hal.registry import backend_class, list_backends
 
 VARIABLES = re.compile(r"(DSV4_HAL|OMP|MKL|OPENBLAS|TORCH|PYTORCH)_\w+")
@@ -38,13 +38,14 @@ def env(config: common.Config = None, sets: common.Set = None, as_json: Json = F
         settings = {s.key: {"value": _plain(s.value), "from": _safe(s.place) or "default"} for s in loaded.settings()}
         typer.echo(json.dumps({**_facts(), "run": settings}, indent=2, ensure_ascii=False))
         return
-    table = Table("what", "is", show_header=False)
+    table = Table(show_header=False)
+    for title in ("what", "is"):
+        table.add_column(title, overflow="fold")
     for section, values in _facts().items():
-        table.add_row(f"[bold]{section}[/]", "")
+        table.add_row(f"[bold]{escape(section)}[/]", "")
         for name, value in values.items():
-            table.add_row(f"  {name}", escape(value))
-    console = Console()
-    console.print(table)
+            table.add_row(f"  {escape(name)}", escape(value))
+    common.console().print(table)
     typer.echo(common.settings_yaml(loaded, _safe))
 
 
@@ -76,11 +77,11 @@ def _devices() -> dict[str, dict[str, str]]:
     out: dict[str, dict[str, str]] = {}
     for info in list_backends():
         try:
-            facts = backend_class(info.name).environment() if info.available else {}
-        except Exception as error:
-            facts = {"error": f"{type(error).__name__}: {error}"}
+            facts = dict(backend_class(info.name).environment()) if info.available else {}
+        except (Exception, SystemExit) as error:
+            facts = {"environment() failed": f"{type(error).__name__}: {error}"}
         if facts:
-            out[f"backend {info.name}"] = {name: _safe(str(value)) for name, value in facts.items()}
+            out[f"backend {info.name}"] = {str(name): _value(str(name), str(value)) for name, value in facts.items()}
     return out
 
 
@@ -111,7 +112,8 @@ def _packages() -> dict[str, str]:
 
 
 def _value(name: str, value: str) -> str:
-    return "(masked)" if SECRET.search(name.removeprefix("DSV4_HAL_")) else _safe(value)
+    """As it may be shown: this program's own settings hold no secret, whatever their names."""
+    return "(masked)" if SECRET.search(name) and not name.startswith(PREFIX) else _safe(value)
 
 
 def _safe(text: str) -> str:

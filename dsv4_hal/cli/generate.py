@@ -13,7 +13,7 @@ import typer
 
 from dsv4_hal.cli import common
 from dsv4_hal.cli.common import notes
-from dsv4_hal.config import Run
+from dsv4_hal.config import Loaded
 
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy, the default.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the most likely tokens up to this probability; default 1.")]
@@ -35,13 +35,17 @@ def generate(
         str | None,
         typer.Option(help="JSON file with a conversation to answer; '-' reads standard input.", metavar="FILE"),
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="At most so many new tokens; default 64.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="At most so many new tokens; default 64, of an answer 1024.")
+    ] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
     think: Think = None,
     protocol_tokens: ProtocolTokens = None,
-    as_json: Annotated[bool, typer.Option("--json", help="With --messages: print the answer as a message.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --messages: print the answer as a message, and how it ended.")
+    ] = False,
     config: common.Config = None,
     sets: common.Set = None,
     backend: common.Backend = None,
@@ -51,16 +55,22 @@ def generate(
     shared_expert_clamp: Clamp = None,
     show_config: common.ShowConfig = False,
 ) -> None:
-    """Continue a text, or answer a conversation. The text goes to standard output, everything else to standard error.
+    """Continue a text, or answer a conversation. The text goes to standard output, notes to standard error.
 
-    --messages takes a list of messages in the OpenAI form, or an object with `messages` and `tools`.
+    --messages takes a list of messages in the OpenAI form, or an object with `messages` and `tools`. What the model
+    thinks goes to standard error, on a terminal to standard output.
     """
-    run = common.configure(
+    if (prompt is None) == (messages is None):
+        raise ValueError("give one of --prompt and --messages")
+    for flag, given in (("--think", think), ("--protocol-tokens", protocol_tokens), ("--json", as_json or None)):
+        if given is not None and messages is None:
+            raise ValueError(f"{flag} goes with --messages")
+    loaded = common.configure(
         config,
         sets,
         show_config,
         DIR=("model", directory),
-        max_new_tokens=("generate.max_new_tokens", max_new_tokens),
+        max_new_tokens=("generate.max_new_tokens" if messages is None else "chat.max_new_tokens", max_new_tokens),
         temperature=("generate.temperature", temperature),
         top_p=("generate.top_p", top_p),
         seed=("generate.seed", seed),
@@ -71,27 +81,25 @@ def generate(
         device=("device", device),
         strict=("strict", strict),
         shared_expert_clamp=("shared_expert_clamp", shared_expert_clamp),
-    ).run
-    if sys.stdin is None or sys.stdout is None:
-        raise ValueError("standard input and standard output must be open")
-    if (prompt is None) == (messages is None):
-        raise ValueError("give one of --prompt and --messages")
+    )
+    if "-" in (prompt, messages) and sys.stdin is None:
+        raise ValueError("standard input is closed")
     if prompt is not None:
-        _continue(run, sys.stdin.read() if prompt == "-" else prompt)
+        _continue(loaded, sys.stdin.read() if prompt == "-" else prompt)
     else:
-        _answer(run, *read_messages(str(messages)), as_json)
+        _answer(loaded, *read_messages(str(messages)), as_json)
 
 
-def _continue(run: Run, prompt: str) -> None:
+def _continue(loaded: Loaded, prompt: str) -> None:
     from dsv4_hal.model.config import load_config
     from dsv4_hal.model.generate import generate as new_tokens
     from dsv4_hal.model.tokenizer import TextStream, encode, load_tokenizer
 
-    directory, settings = common.directory_of(run), run.generate
-    cfg = load_config(directory)  # whatever can be wrong is found before the weights are read
+    directory, settings = common.directory_of(loaded.run), loaded.run.generate
+    cfg = load_config(directory)
     tokenizer = load_tokenizer(directory, cfg.vocab_size)
     tokens = encode(tokenizer, prompt, cfg.bos_token_id)
-    model = common.load(run)
+    model = common.load(loaded)
     stream = TextStream(tokenizer)
     made, first, interrupted, start = 0, 0.0, False, time.perf_counter()
     try:
@@ -118,26 +126,29 @@ def _continue(run: Run, prompt: str) -> None:
         raise typer.Exit(130)
 
 
-def _answer(run: Run, messages: list[Any], tools: list[Any], as_json: bool) -> None:
+def _answer(loaded: Loaded, messages: list[Any], tools: list[Any], as_json: bool) -> None:
     from dsv4_hal.cli.screen import Screen, tell
     from dsv4_hal.model.chat import Answer, Turn, guarded, render, with_tools
     from dsv4_hal.model.config import load_config
-    from dsv4_hal.model.generate import Sampling
     from dsv4_hal.model.generate import generate as new_tokens
     from dsv4_hal.model.tokenizer import load_tokenizer, spelled, tokenize
 
-    directory, settings = common.directory_of(run), run.generate
-    Sampling(settings.temperature, settings.top_p, settings.seed)
+    run, settings = loaded.run, loaded.run.generate
+    directory = common.directory_of(run)
+    if run.chat.system is not None:
+        if messages[0].get("role") == "system":
+            raise ValueError("the conversation has a system message, and so has the run (chat.system): leave one out")
+        messages = [{"role": "system", "content": run.chat.system}, *messages]
     tokenizer = load_tokenizer(directory, load_config(directory).vocab_size)
     answer = Answer(run.chat.think, tokenizer)
     escape = run.chat.protocol_tokens == "escape"
     safe = [guarded(m, escape, f"messages[{i}]") for i, m in enumerate(with_tools(messages, tools))]
     prompt = tokenize(tokenizer, render(safe, run.chat.think))
-    model = common.load(run)
+    model = common.load(loaded)
     tokens = new_tokens(
         model,
         prompt,
-        settings.max_new_tokens,
+        run.chat.max_new_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=settings.seed,
@@ -150,7 +161,7 @@ def _answer(run: Run, messages: list[Any], tools: list[Any], as_json: bool) -> N
                 screen.write(delta)
     screen.finish()
     if as_json:
-        typer.echo(json.dumps(answer.message, ensure_ascii=False, indent=2))
+        typer.echo(json.dumps({"message": answer.message, "end": answer.end}, ensure_ascii=False, indent=2))
     end = time.perf_counter()
     first = first or end
     tell(Turn(answer, 0, len(prompt), first - start, end - first), common.title(model))
@@ -160,7 +171,7 @@ def _answer(run: Run, messages: list[Any], tools: list[Any], as_json: bool) -> N
 
 def read_tools(file: Path) -> list[Any]:
     """Tools in the OpenAI form, out of a JSON file: a list, or an object with `tools`."""
-    found = _json(file.read_text(encoding="utf-8-sig"), str(file))
+    found = _json(str(file))
     tools = found.get("tools") if isinstance(found, dict) else found
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"{file}: must be a list of tools, or an object with tools")
@@ -170,7 +181,7 @@ def read_tools(file: Path) -> list[Any]:
 def read_messages(file: str) -> tuple[list[Any], list[Any]]:
     """Messages and tools out of a JSON file, or of standard input. ValueError names the file and what is wrong."""
     name = "standard input" if file == "-" else file
-    found = _json(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig"), name)
+    found = _json(file)
     if isinstance(found, list):
         found = {"messages": found}
     if not isinstance(found, dict) or "messages" not in found:
@@ -187,11 +198,18 @@ def read_messages(file: str) -> tuple[list[Any], list[Any]]:
     return messages, tools
 
 
-def _json(text: str, name: str) -> Any:
+def _json(file: str) -> Any:
+    """The JSON in a file, or ("-") in standard input. ValueError names the file and what is wrong."""
+    from dsv4_hal.model.config import no_duplicates
+
+    name = "standard input" if file == "-" else file
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{name}: not JSON: {error}") from error
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
+        return json.loads(text, object_pairs_hook=no_duplicates)
+    except FileNotFoundError:
+        raise ValueError(f"{name}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: cannot be read as JSON: {error}") from error
 
 
 def _speed(prompt: int, made: int, before: float, after: float, about: str) -> str:

@@ -35,7 +35,7 @@ def draw(path: Path, name: str, cfg: ModelConfig, context: int) -> None:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise RuntimeError(f"a plot needs matplotlib: pip install 'dsv4-hal[report]' ({error})") from error
+        raise RuntimeError(f"a plot needs matplotlib: pip install matplotlib ({error})") from error
 
     limit, table = cfg.max_position_embeddings, weight_table(cfg)
     first = min(max(1, limit >> _DOUBLINGS), context)

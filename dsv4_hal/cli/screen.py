@@ -64,6 +64,8 @@ class Screen:
         self.kind, self.call = kind, False
         if self.colors and kind in ("reasoning", "tool_call"):
             self._put(sys.stdout, DIM if kind == "reasoning" else TOOL, raw=True)
+        elif self.terminal and kind == "reasoning":
+            self._put(sys.stdout, "(thinking) ")
 
     def _put(self, out: TextIO, text: str, raw: bool = False) -> None:
         out.write(text if raw or not out.isatty() else visible(text))
@@ -74,7 +76,9 @@ def tell(turn: Turn, about: str) -> None:
     """How a turn went, on standard error. about: what ran it."""
     answer = turn.answer
     if answer.end == "length":
-        notes.print(f"[yellow]cut off after {answer.made} tokens[/]: no more were allowed")
+        notes.print(f"[yellow]cut off after {answer.made} tokens[/]: --max-new-tokens allows no more")
+    elif answer.end == "context":
+        notes.print(f"[yellow]cut off after {answer.made} tokens[/]: the context is full; --context makes it larger")
     elif answer.end == "interrupted":
         notes.print("[yellow]interrupted[/]")
     elif answer.end != "stop":
@@ -83,4 +87,4 @@ def tell(turn: Turn, about: str) -> None:
     parts += [f" in {turn.reading:.2f} s, {answer.made} new tokens"]
     if answer.made > 1 and turn.writing > 0:
         parts.append(f", {(answer.made - 1) / turn.writing:.1f} tokens/s")
-    notes.print(f"[dim]{about}: {''.join(parts)}[/]")
+    notes.print(f"[dim]{escape(about)}: {''.join(parts)}[/]")

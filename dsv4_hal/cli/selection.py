@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -18,7 +16,7 @@ from dsv4_hal.dispatch import Resolution, Resolved, select
 from dsv4_hal.ops import OPS
 from dsv4_hal.registry import BackendInfo, list_backends
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 
 def backends(as_json: Json = False) -> None:
@@ -27,14 +25,17 @@ def backends(as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps([vars(info) for info in found], indent=2))
         return
-    table = Table("backend", "usable", "reason", "to install", "registered by")
+    table = Table()
+    table.add_column("backend", no_wrap=True)
+    for title in ("usable", "reason", "to install", "registered by"):
+        table.add_column(title, overflow="fold")
     for info in found:
         usable = "[green]yes[/]" if info.available else "[red]no[/]"
         if info.available and not info.automatic:
             usable += ", by name"
         by = info.package or info.source
-        table.add_row(info.name, usable, *map(escape, (info.reason, info.remedy, by)))
-    Console().print(table)
+        table.add_row(escape(info.name), usable, *map(escape, (info.reason, info.remedy, by)))
+    common.console().print(table)
 
 
 def explain(
@@ -54,7 +55,7 @@ def explain(
     """
     from dsv4_hal.model.config import find_config
 
-    run = common.configure(
+    loaded = common.configure(
         config,
         sets,
         show_config,
@@ -63,43 +64,41 @@ def explain(
         mode=("mode", mode),
         device=("device", device),
         strict=("strict", strict),
-    ).run
+    )
+    run = loaded.run
     facts = {} if run.model is None else vars(find_config(run.model)[0])
-    ops = select(run.backend, common.numerics_of(run), facts, prefer=run.preferences(), device=run.device)
+    with common.placed(loaded):
+        ops = select(run.backend, common.numerics_of(run), facts, prefer=run.ops, device=run.device)
     others = [info for info in list_backends() if info.name not in _involved(ops)]
-    refused = [r.fell_back for r in ops.resolutions if r.fell_back]
+    refused = [r.fallback for r in ops.resolutions if r.fallback]
     if as_json:
         typer.echo(json.dumps(_report(ops, run.model, run.mode, others, refused if run.strict else None), indent=2))
     else:
-        console = Console()
+        console = common.console()
         console.print(_table(ops))
-        console.print(_summary(ops, run.model, run.mode), soft_wrap=True)
-        for name, why in _not_considered(ops, others).items():
-            console.print(f"not considered: {name} ({escape(why)})", soft_wrap=True)
+        console.print(escape(_summary(ops, run.model, run.mode)), soft_wrap=True)
+        for name, why in _passed_over(ops, others).items():
+            console.print(escape(f"passed over: {name} ({why})"), soft_wrap=True)
     if run.strict and refused:
         raise BackendError("strict: " + "\n  ".join(refused))
 
 
-def counts(ops: Resolved) -> Counter[str]:
-    """Ops by how they run: native, inherited, composite, reference."""
-    return Counter(r.runs_as for r in ops.resolutions)
-
-
 def _table(ops: Resolved) -> Table:
-    table = Table("op", "family", "runs as", "on", "rejected")
+    table = Table()
+    for title in ("op", "family", "runs as", "on"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("rejected", overflow="fold")
     color = {"native": "green", "composite": "cyan", "inherited": "green", "reference": "yellow"}
     for r in ops.resolutions:
         rejected = "\n".join(f"{backend}: {reason}" for backend, reason in r.rejected)
         runs = f"[{color[r.runs_as]}]{r.runs_as}[/]"
-        table.add_row(r.op, OPS[r.op].family, runs, r.backend or "its parts", escape(rejected))
+        table.add_row(r.op, OPS[r.op].family, runs, escape(r.backend) or "its parts", escape(rejected))
     return table
 
 
 def _summary(ops: Resolved, model: str | None, mode: str) -> str:
-    found = counts(ops)
-    kinds = ", ".join(f"{found[kind]} {kind}" for kind in ("native", "inherited", "composite", "reference"))
     about = f"for {model}" if model else "for no model in particular (--model names one: its widths may be refused)"
-    return f"{ops.primary.name} on {ops.device}, {mode}, {about}: {kinds}"
+    return f"{ops.primary.name} on {ops.device}, {mode}, {about}: {common.kinds(ops)}"
 
 
 def _involved(ops: Resolved) -> set[str]:
@@ -107,9 +106,14 @@ def _involved(ops: Resolved) -> set[str]:
     return {n for r in ops.resolutions for n in (r.wanted, r.backend, *(name for name, _ in r.rejected))}
 
 
-def _not_considered(ops: Resolved, others: list[BackendInfo]) -> Mapping[str, str]:
-    unnamed = "not named in this run"
-    return {info.name: ops.passed.get(info.name, unnamed if info.available else info.reason) for info in others}
+def _passed_over(ops: Resolved, others: list[BackendInfo]) -> Mapping[str, str]:
+    """Backends that serve no op and were not asked to, and why; where something can be installed, what."""
+
+    def why(info: BackendInfo) -> str:
+        remedy = f"; {info.remedy}" if info.remedy else ""
+        return info.reason + remedy if not info.available else ops.passed.get(info.name, "not named in this run")
+
+    return {info.name: why(info) for info in others}
 
 
 def _report(
@@ -120,9 +124,9 @@ def _report(
         "device": str(ops.device),
         "mode": mode,
         "model": model,
-        "counts": {kind: counts(ops)[kind] for kind in ("native", "inherited", "composite", "reference")},
+        "counts": {kind: sum(r.runs_as == kind for r in ops.resolutions) for kind in common.KINDS},
         "ops": [_row(r) for r in ops.resolutions],
-        "not_considered": dict(_not_considered(ops, others)),
+        "passed_over": dict(_passed_over(ops, others)),
         "strict": strict is not None,
         "refused": strict or [],
     }

@@ -33,7 +33,10 @@ class Ops(Attention, Cache, Moe, HyperConnection, Sampling):
         return weight
 
 
+FAMILIES = tuple(dict.fromkeys(spec.family for spec in OPS.values()))
+
 __all__ = [
+    "FAMILIES",
     "KV",
     "OPS",
     "Attention",

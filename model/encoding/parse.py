@@ -52,7 +52,7 @@ class CompletionParser:
     """
 
     def __init__(self, thinking_mode: str = "thinking", *, version: str = "2026-04") -> None:
-        if thinking_mode not in START:
+        if not isinstance(thinking_mode, str) or thinking_mode not in START:
             raise ValueError(f"thinking_mode must be one of {', '.join(START)}, got {thinking_mode!r}")
         self._protocol = load_protocol(version)
         self._grammar = grammar(self._protocol)

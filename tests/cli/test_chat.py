@@ -47,7 +47,7 @@ def says(monkeypatch: pytest.MonkeyPatch, small_model: Callable[..., Model]) -> 
             return torch.tensor([tokens.pop(0)])
 
         model.ops.sample = sample  # type: ignore[method-assign]
-        monkeypatch.setattr("dsv4_hal.cli.common.load", lambda run: model)
+        monkeypatch.setattr("dsv4_hal.cli.common.load", lambda loaded: model)
 
     return script
 
@@ -66,14 +66,13 @@ def test_each_line_is_a_message(tool: Tool, says: Callable[..., None], checkpoin
 
 def test_commands(tool: Tool, says: Callable[..., None], checkpoint: Path) -> None:
     says("One." + EOS, "hm</think>Two." + EOS, "</think>Sent." + EOS)
-    lines = ["/think none", "/think", "first", "/history", "/clear", "/history", "/think high", "second", "/nonsense x"]
+    lines = ["/think none", "/think", "first", "/history", "/clear", "/history", "/think high", "second"]
     done = tool("chat", checkpoint, "--system", "Be brief.", stdin="\n".join([*lines, " /sent", "/exit", "unread"]))
     assert done.code == 0, done.err
     assert done.out == "One.\nTwo.\nSent.\n"  # " /sent" is a message
     assert "think: none; /think none|high|max changes it" in done.err
     assert done.err.count("system content Be brief.") == 2
     assert done.err.count("user content first") == done.err.count("assistant content One.") == 1
-    assert "no such command: /nonsense x; /help lists them" in done.err
 
 
 def test_tool_calls_are_shown_and_their_results_sent(
@@ -106,17 +105,18 @@ def test_control_characters_do_not_steer_a_terminal(
     ):
         screen.write(delta)
     screen.finish()
-    assert capsys.readouterr().out == "a␛[2J\nb␇\n\tc�\ncall f␛()\n"
+    assert capsys.readouterr().out == "(thinking) a␛[2J\nb␇\n\tc�\ncall f␛()\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "stdin", "error"),
     [
+        ((), "/nonsense x", "no such command: /nonsense x; a line that starts with a space is a message"),
         ((), "say <think>", "the user's message: content holds the protocol token <think> at character 4"),
-        (("--context", "8"), "a longer message than that", "and the context 8"),
+        (("--context", "8"), "a longer message than that", "and the context holds 8"),
         (("--think", "hard"), "", "--think: chat.think: must be 'none', 'high' or 'max', got 'hard'"),
         (("--context", "0"), "", "--context: chat.context: must be greater than or equal to 1, got 0"),
-        (("--system", "</think>"), "", "the system message: content holds the protocol token </think>"),
+        (("--system", "</think>"), "", "the system's message: content holds the protocol token </think>"),
         (("--tools", "nowhere.json"), "", "nowhere.json"),
     ],
 )
@@ -175,7 +175,18 @@ class Terminal:
 
 @pytest.fixture
 def terminal(checkpoint: Path) -> Iterator[Terminal]:
-    opened = Terminal("chat", str(checkpoint), "--think", "none", "--context", "4096", "--max-new-tokens", "3000")
+    opened = Terminal(
+        "chat",
+        str(checkpoint),
+        "--backend",
+        "reference",
+        "--think",
+        "none",
+        "--context",
+        "4096",
+        "--max-new-tokens",
+        "3000",
+    )
     yield opened
     with contextlib.suppress(ProcessLookupError):
         os.killpg(opened.process.pid, signal.SIGKILL)
@@ -214,13 +225,13 @@ def test_a_conversation_on_a_terminal(terminal: Terminal) -> None:
 
 def test_a_second_ctrl_c_breaks_off_at_once(terminal: Terminal) -> None:
     terminal.until("> ")
-    terminal.type("word " * 300 + "end\n")
+    terminal.type("word " * 2500 + "end\n")
     terminal.until("end\r\n")
-    time.sleep(0.3)  # the message is being read now
+    time.sleep(0.5)  # the message is being read now, for some seconds
     terminal.type("\x03")
-    time.sleep(0.05)
+    time.sleep(0.2)
     terminal.type("\x03")
-    shown = terminal.until(r"(interrupted|Ctrl-D leaves)(.|\r\n)*\n> ")
+    shown = terminal.until(r"before the answer began(.|\r\n)*\n> ")
     assert "Traceback" not in shown
     terminal.type("/exit\n")
     assert terminal.process.wait(30) == 0

@@ -37,12 +37,14 @@ def test_no_secrets(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_API_KEY", "hunter2")
     monkeypatch.setenv("TORCH_HOME", f"{home}/models")
     monkeypatch.setenv("TORCH_HUB", "https://me:hunter2@example.org/hub")
+    monkeypatch.setenv("DSV4_HAL_CHAT__MAX_NEW_TOKENS", "77")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
     for arguments in (("env",), ("env", "--json")):
         done = tool(*arguments, "--set", f"model={home}/models/flash")
         assert done.code == 0, done.err
         assert "hunter2" not in done.out and "AWS" not in done.out
         assert home not in done.out
+        assert done.out.count("77") == 2  # a setting, not a secret
         assert "~/models/flash" in done.out and "(masked)@example.org" in done.out
 
 

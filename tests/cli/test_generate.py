@@ -66,6 +66,8 @@ def test_exact_mode_and_an_empty_prompt(checkpoint: Path) -> None:
         (("--device", "cuda"), 3, "device 'cuda' cannot be used"),
         (("--set", "generate.tpo_p=1"), 2, "unknown key generate.tpo_p; did you mean generate.top_p?"),
         (("--messages", "m.json"), 2, "give one of --prompt and --messages"),
+        (("--think", "max"), 2, "--think goes with --messages"),
+        (("--json",), 2, "--json goes with --messages"),
     ],
 )
 def test_bad_options(tool: Tool, checkpoint: Path, arguments: tuple[str, ...], code: int, text: str) -> None:
@@ -108,7 +110,17 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_interrupt_keeps_what_was_said(checkpoint: Path) -> None:
-    arguments = [*TOOL, "generate", str(checkpoint), "--prompt", "x", "--max-new-tokens", "20000"]
+    arguments = [
+        *TOOL,
+        "generate",
+        str(checkpoint),
+        "--backend",
+        "reference",
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "20000",
+    ]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), True)
@@ -140,11 +152,13 @@ def test_messages_are_answered(tool: Tool, checkpoint: Path, tmp_path: Path) -> 
     assert direct.out.strip()
     assert "cut off after 3 tokens" in direct.err
     assert "reference, deployed: 8 prompt tokens" in direct.err
-    message = json.loads(tool(*arguments, "--json").out)
+    answer = json.loads(tool(*arguments, "--json").out)
+    message = answer["message"]
+    assert answer["end"] == "length"
     assert (message["role"], message["content"], message["tool_calls"]) == ("assistant", "", [])
     assert message["reasoning_content"]
     piped = tool("generate", checkpoint, "--messages", "-", "--max-new-tokens", 3, "--json", stdin=json.dumps(MESSAGES))
-    assert json.loads(piped.out) == message
+    assert json.loads(piped.out) == answer
 
 
 def test_messages_with_tools(tool: Tool, checkpoint: Path, tmp_path: Path) -> None:
@@ -162,7 +176,11 @@ def test_messages_with_tools(tool: Tool, checkpoint: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("[", "messages.json: not JSON"),
+        ("[", "messages.json: cannot be read as JSON"),
+        ('[{"role": "user", "role": "tool"}]', "messages.json: cannot be read as JSON: key role stands twice"),
+        ('[{"role": "user", "content": ' + "1" * 5000 + "}]", "messages.json: cannot be read as JSON: Exceeds"),
+        ('[{"role": "user", "content": "\\ud800"}]', "messages[0]: content is not valid Unicode at character 0"),
+        ('[{"role": "system", "content": "only"}]', "awaits no answer"),
         ("3", "messages.json: must be a list of messages, or an object"),
         ("[]", "messages.json: no messages"),
         ("[3]", "messages.json: messages must be a list of objects"),
@@ -193,4 +211,12 @@ def test_protocol_tokens_can_be_escaped(tool: Tool, checkpoint: Path, tmp_path: 
 def test_missing_messages(tool: Tool, checkpoint: Path) -> None:
     done = tool("generate", checkpoint, "--messages", "nowhere.json")
     assert done.code == 2
-    assert "nowhere.json" in done.err
+    assert "nowhere.json: no such file" in done.err
+
+
+def test_the_system_message_may_come_from_the_run(tool: Tool, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("generate", checkpoint, "--set", "chat.system=Be brief.", "--max-new-tokens", 1, "--messages")
+    done = tool(*arguments, save(tmp_path, MESSAGES[1:]))
+    assert "8 prompt tokens" in done.err, done.err
+    both = tool(*arguments, save(tmp_path, MESSAGES))
+    assert both.code == 2 and "leave one out" in both.err

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 import dsv4_hal
 from dsv4_hal.cli import app
 
@@ -27,10 +29,22 @@ def test_every_verb_has_help(tool: Tool) -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    """`dsv4-hal explain | head -1` ends in silence."""
-    line = f"{sys.executable} -m dsv4_hal explain | head -1"
+    """`dsv4-hal explain | true` ends in silence."""
+    command = [sys.executable, "-m", "dsv4_hal", "explain", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()  # the reader is gone before the first word
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 2), ("2>&-", 0), ("<&-", 0)])
+def test_closed_streams(closed: str, code: int) -> None:
+    line = f"{sys.executable} -m dsv4_hal explain --json {closed}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stderr == ""
+    assert done.returncode == code
+    assert ("standard output is closed" in done.stderr) == (closed == ">&-")
+    assert done.stdout.startswith("{") == (code == 0)
 
 
 def test_no_vendor_package_is_imported() -> None:
