@@ -198,10 +198,11 @@ def test_closing_an_answer_keeps_what_was_said(model: Model) -> None:
     assert reused + computed == len(prompt) and computed < 9
 
 
+@pytest.mark.parametrize("think", ["none", "high"])
 @pytest.mark.parametrize("step", range(1, 6))
-def test_an_interrupt_in_any_step_leaves_a_sound_conversation(model: Model, step: int) -> None:
+def test_an_interrupt_in_any_step_leaves_a_sound_conversation(model: Model, step: int, think: str) -> None:
     """The next turn answers as a new conversation would, whether reading or answering was interrupted, and where."""
-    talk = Conversation(model, TOKENIZER, 512)
+    talk = Conversation(model, TOKENIZER, 512, think=think)
     hear(talk, user("One?"), 3)
     steps, run = 0, model.ops.linear
 
@@ -220,7 +221,7 @@ def test_an_interrupt_in_any_step_leaves_a_sound_conversation(model: Model, step
     assert talk.messages[: len(before)] == before
     assert len(talk.messages) in (len(before), len(before) + 2)
     answered = "".join(d.text for d in hear(talk, user("Three?"), 6))
-    prompt = tokenize(TOKENIZER, render(talk.messages[:-1], "high"))
+    prompt = tokenize(TOKENIZER, render(talk.messages[:-1], think))
     assert answered == "".join(text for _, text in spelled(TOKENIZER, generate(model, prompt, 6)))
 
 
