@@ -6,6 +6,8 @@ A real one lives in a package of its own and is found through its entry point:
 
     [project.entry-points."dsv4_hal.backends"]
     mychip = "my_package:MyChip"
+
+and is then compared, every case watched in a process of its own, by `dsv4-hal conform --backend mychip`.
 """
 
 from __future__ import annotations
@@ -16,9 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dsv4_hal.backends.reference import Reference
-from dsv4_hal.conformance import budget, compare, run_case, widen
-from dsv4_hal.dispatch import resolve
-from dsv4_hal.numerics import exact
+from dsv4_hal.conformance.runner import jobs, run
 from dsv4_hal.ops import OPS
 
 
@@ -43,30 +43,15 @@ class MyChip(Reference):
 
 def main() -> int:
     """Compare every op of MyChip with the reference on every case; print one line per op."""
-    profile = exact()
-    ops, reference, wide = (resolve([b]) for b in (MyChip(profile), Reference(profile), Reference(widen(profile))))
     table = Table("op", "runs as", "cases", "of budget", "verdict", title="mychip against the reference")
     wrong = 0
-    for resolution in ops.resolutions:
-        spec = OPS[resolution.op]
-        worst, failures, count = 0.0, [], 0
-        for case in spec.cases():
-            count += 1
-            budgets = budget(case, spec.tolerance, reference, wide)
-            results = compare(run_case(case, ops), run_case(case, reference), spec.tolerance, budgets, ops.device.type)
-            for name, result in results.items():
-                if name in budgets and "nmse" in result.metrics:
-                    worst = max(worst, result.metrics["nmse"] ** 0.5 / budgets[name].rms)
-                if not result.ok:
-                    failures.append(f"{case.id} {name}: {result.message}")
-        wrong += bool(failures)
-        table.add_row(
-            spec.name,
-            resolution.backend or resolution.kind,
-            str(count),
-            f"{worst:.2f}",
-            failures[0] if failures else "agrees",
-        )
+    for op in OPS:
+        outcomes = [run(MyChip, job) for job in jobs([op], modes=["exact"])]
+        failed = [o for o in outcomes if not o.ok]
+        wrong += bool(failed)
+        worst = max((o.of_budget for o in outcomes if o.of_budget is not None), default=0.0)
+        verdict = f"{failed[0].case}: {failed[0].message}" if failed else "agrees"
+        table.add_row(op, outcomes[0].runs_as, str(len(outcomes)), f"{worst:.2f}", verdict)
     Console().print(table)
     return 1 if wrong else 0
 

@@ -1,6 +1,6 @@
 """The command line: `dsv4-hal VERB`. One file per verb or group of them; the work is done elsewhere.
 
-Exit codes: 0 done, 2 usage or bad input, 3 backend unavailable, 130 interrupted.
+Exit codes: 0 done, 1 disagreement, 2 usage or bad input, 3 backend unavailable, 4 stale waiver, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from rich.markup import escape
 import dsv4_hal
 from dsv4_hal.cli.chat import chat
 from dsv4_hal.cli.common import notes
+from dsv4_hal.cli.conform import conform
 from dsv4_hal.cli.environment import env
 from dsv4_hal.cli.generate import generate
 from dsv4_hal.cli.info import info
@@ -24,7 +25,7 @@ from dsv4_hal.cli.selection import backends, explain
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="DeepSeek-V4 on any backend.", pretty_exceptions_enable=False
 )
-for verb in (backends, explain, env, info, init, generate, chat):
+for verb in (backends, explain, env, info, init, generate, chat, conform):
     app.command()(verb)
 
 

@@ -6,6 +6,7 @@ on every device, and nothing is ever read back from one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ WEIGHT_FORMATS = (*PLAIN_FORMATS, "e4m3_128x128", "e4m3_128x128_fp32", "mxfp8", 
 RATIOS = {4: True, 128: False}  # ratio -> overlap, as in the published models
 POISON = 0xFF  # NaN in every format a pool may hold
 NAN = float("nan")
+MARGIN = 64  # elements in front of and behind a tensor to write to
 
 
 def case(op: str, run: Callable[..., Results], **parameters: object) -> Case:
@@ -58,8 +60,9 @@ def place(ops: Resolved, values: Tensor, dtype: torch.dtype | None = None) -> Te
 
 
 def nans(ops: Resolved, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor to write to: whoever forgets a place leaves a NaN."""
-    return place(ops, torch.full(shape, NAN), dtype)
+    """A tensor to write to: whoever forgets a place leaves a NaN. Memory lies around it, for who writes beside it."""
+    size = math.prod(shape)
+    return place(ops, torch.full((size + 2 * MARGIN,), NAN), dtype)[MARGIN : MARGIN + size].view(shape)
 
 
 def yes(ops: Resolved, fact: bool) -> Tensor:

@@ -1,0 +1,148 @@
+"""`dsv4-hal conform`: a backend against the contract, case by case."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+import dsv4_hal
+from dsv4_hal.cli import common
+from dsv4_hal.ops import FAMILIES, OPS
+
+
+def conform(
+    backend: Annotated[str, typer.Option(help="Registered backend.")] = "reference",
+    op: Annotated[list[str] | None, typer.Option("-o", "--op", help="Only this op, or family of ops.")] = None,
+    pattern: Annotated[str, typer.Option("-p", "--pattern", help="Only cases whose id contains this.")] = "",
+    mode: Annotated[str | None, typer.Option(help="exact or deployed; default both.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write results.jsonl, junit.xml and report.md here.")] = None,
+    limit: Annotated[float, typer.Option(help="Seconds that a case may take.", min=0.1)] = 60.0,
+    show_cases: Annotated[bool, typer.Option("--list", help="List the cases and run none.")] = False,
+    mutants: Annotated[
+        bool, typer.Option("--mutants", help="Run deliberately wrong backends: is each caught?")
+    ] = False,
+) -> None:
+    """Compare a backend with the reference on the cases of the contract; the reference with a naive float64 oracle.
+
+    Exit codes: 0 agrees, 1 disagrees, 2 usage, 3 backend unavailable, 4 a waiver is stale.
+    """
+    from dsv4_hal.conformance import runner
+    from dsv4_hal.conformance.report import Run, write
+    from dsv4_hal.conformance.waivers import waivers_of
+    from dsv4_hal.dispatch import select
+    from dsv4_hal.numerics import numerics_for
+    from dsv4_hal.registry import backend_class
+
+    if mode not in (None, *runner.MODES):
+        raise ValueError(f"--mode must be exact or deployed, got {mode!r}")
+    modes = runner.MODES if mode is None else (mode,)
+    if mutants:
+        raise typer.Exit(_mutants())
+    work = runner.jobs(_ops(op or ()), pattern, modes)
+    if not work:
+        raise ValueError(f"no case has {pattern!r} in its id; --list shows them all")
+    if show_cases:
+        typer.echo("\n".join(dict.fromkeys(job.case for job in work)))
+        return
+    cls = backend_class(backend)
+    resolved = select([backend], numerics_for(modes[0])).resolutions
+    outcomes = []
+    with _progress(len(work)) as advance:
+        for outcome in runner.conform(backend, work, limit):
+            outcomes.append(outcome)
+            advance()
+    runs_as = {r.op: r.runs_as for r in resolved}
+    run = Run(backend, dsv4_hal.__version__, runs_as, outcomes, waivers_of(cls))
+    _show(run)
+    if out is not None:
+        write(run, out)
+        common.notes.print(f"[dim]written: {escape(str(out))}/results.jsonl, junit.xml, report.md[/]")
+    if run.failed:
+        raise typer.Exit(1)
+    if run.stale:
+        raise typer.Exit(4)
+
+
+def _ops(names: Sequence[str]) -> list[str]:
+    """Ops named, families as their ops. ValueError names the nearest for one that is not there."""
+    for name in names:
+        if name not in OPS and name not in FAMILIES:
+            near = difflib.get_close_matches(name, [*OPS, *FAMILIES], 1)
+            raise ValueError(f"no op or family is called {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    return [op for op, spec in OPS.items() if not names or op in names or spec.family in names]
+
+
+def _show(run) -> None:  # type: ignore[no-untyped-def]
+    from dsv4_hal.conformance.report import rows, share
+
+    table = Table()
+    for title in ("op", "runs as", "cases", "failed", "of budget"):
+        table.add_column(title, no_wrap=True)
+    for row in rows(run):
+        failed = f"[red]{row['failed']}[/]" if row["failed"] else "0"
+        table.add_row(row["op"], row["runs_as"], str(row["cases"]), failed, share(row["of_budget"]))
+    console = common.console()
+    console.print(table)
+    for outcome in run.outcomes:
+        if not outcome.ok:
+            waiver = run.waiver(outcome)
+            told = f"waived {waiver.date} ({waiver.reason})" if waiver else outcome.verdict
+            console.print(escape(f"{outcome.id}: {told}: {outcome.message}"), soft_wrap=True, highlight=False)
+    for waiver in run.stale:
+        console.print(escape(f"stale waiver: {waiver.case} of {waiver.date}: no case of it fails"), soft_wrap=True)
+    console.print(escape(run.headline), soft_wrap=True, highlight=False)
+
+
+def _mutants() -> int:
+    """Show what catches each mutant; the exit code."""
+    from dsv4_hal.conformance.mutants import ENOUGH, hunt, mutants
+
+    caught, console = 0, common.console()
+    with _progress(len(mutants())) as advance, torch.inference_mode():
+        for mutant in mutants():
+            catch = hunt(mutant)
+            caught += catch.ok
+            found = (
+                "not caught" if catch.outcome is None else f"{_clear(catch.outcome.of_budget)} by {catch.outcome.id}"
+            )
+            color = "green" if catch.ok else "red"
+            console.print(f"[{color}]{escape(mutant.fault)}[/]: {escape(found)}", soft_wrap=True, highlight=False)
+            advance()
+    console.print(f"{caught} of {len(mutants())} mutants caught, by an exact check or at {ENOUGH:g} budgets or more")
+    return 0 if caught == len(mutants()) else 1
+
+
+def _clear(of_budget: float | None) -> str:
+    return "exactly" if of_budget is None or math.isinf(of_budget) else f"at {of_budget:.3g} budgets"
+
+
+class _progress:
+    """A bar on standard error, where there is a terminal to see it; `with` gives the function that advances it."""
+
+    def __init__(self, total: int) -> None:
+        self.bar = Progress(
+            TextColumn("cases"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=common.notes,
+            transient=True,
+            disable=not common.notes.is_terminal,
+        )
+        self.total = total
+
+    def __enter__(self):  # type: ignore[no-untyped-def]
+        self.bar.start()
+        task = self.bar.add_task("cases", total=self.total)
+        return lambda: self.bar.advance(task)
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()

@@ -1,0 +1,246 @@
+"""Running the cases of the contract on a backend, each watched, timed and apart from the others.
+
+The cases run in a worker process: one that hangs is stopped after its time, one that kills the process is reported as
+that, and the rest go on in a new worker.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from dsv4_hal.backend import Backend, BackendError
+from dsv4_hal.conformance.compare import Budget, Comparison, Results, budget, compare, run_case, widen
+from dsv4_hal.conformance.guard import Misconduct, watch
+from dsv4_hal.conformance.oracle import Naive
+from dsv4_hal.dispatch import Resolved, resolve, select
+from dsv4_hal.numerics import numerics_for
+from dsv4_hal.ops import OPS, Case
+from dsv4_hal.registry import FALLBACK, backend_class
+
+MODES = ("exact", "deployed")
+PASSED = ("agrees", "shapes")  # verdicts that are no failure; "shapes": no values to compare, and no agreement claimed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case on one backend.
+
+    runs_as    how the op ran: native, inherited, composite, reference (see `dsv4_hal.dispatch.Resolution`)
+    verdict    agrees; shapes: only shapes and dtypes, all there is on the meta device, are right; disagrees; error: it
+               raised; misconduct: it wrote where it must not; timeout; crash: it killed its process
+    of_budget  the worst error of a result as a multiple of its budget; inf where an exact check fails; None where
+               nothing was measured
+    metrics    result -> numbers of its comparison
+    """
+
+    backend: str
+    op: str
+    case: str
+    mode: str
+    runs_as: str
+    verdict: str
+    message: str = ""
+    of_budget: float | None = None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict in PASSED
+
+    @property
+    def id(self) -> str:
+        return f"{self.case}@{self.mode}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it: what is not finite becomes text."""
+        plain = asdict(self)
+        plain["of_budget"] = _finite(self.of_budget)
+        plain["metrics"] = {r: {m: _finite(v) for m, v in found.items()} for r, found in self.metrics.items()}
+        return plain
+
+
+@dataclass(frozen=True)
+class Job:
+    op: str
+    case: str
+    mode: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.case}@{self.mode}"
+
+
+def jobs(ops: Sequence[str] = (), pattern: str = "", modes: Iterable[str] = MODES) -> list[Job]:
+    """The cases of `ops` (default all), in every mode, whose id (with its mode: "case@mode") contains `pattern`."""
+    modes, chosen = tuple(modes), [OPS[op] for op in ops or OPS]
+    every = (Job(spec.name, case.id, mode) for spec in chosen for case in spec.cases() for mode in modes)
+    return [job for job in every if pattern in job.id]
+
+
+def conform(backend: str, work: Iterable[Job], limit: float = 60.0) -> Iterator[Outcome]:
+    """Every job on a backend, in a worker process. limit: seconds a case may take. BackendError where the backend
+    cannot be used at all."""
+    todo = list(work)
+    context = multiprocessing.get_context("spawn")
+    while todo:
+        here, there = context.Pipe()
+        worker = context.Process(target=_work, args=(there, backend, todo), daemon=True)
+        worker.start()
+        there.close()
+        try:
+            if (failed := _receive(here, worker, 600.0)) is not None:  # made its backends
+                raise BackendError(str(failed))
+            while todo:
+                job = todo.pop(0)
+                start = time.monotonic()
+                try:
+                    yield _receive(here, worker, limit)
+                except (TimeoutError, EOFError) as error:
+                    yield _lost(backend, job, error, time.monotonic() - start, worker.exitcode)
+                    break
+        except EOFError:
+            raise BackendError(f"backend {backend} killed its process (exit code {worker.exitcode})") from None
+        finally:
+            worker.kill()
+            worker.join()
+            here.close()
+
+
+def _receive(here: Connection, worker: Any, seconds: float) -> Any:
+    """What the worker sends next. TimeoutError if it takes too long, EOFError if the worker is gone."""
+    if not here.poll(seconds):
+        raise TimeoutError
+    try:
+        return here.recv()
+    except EOFError:
+        worker.join()
+        raise
+
+
+def _lost(backend: str, job: Job, error: Exception, seconds: float, code: int | None) -> Outcome:
+    hung = isinstance(error, TimeoutError)
+    message = f"no result after {seconds:.0f} s" if hung else f"the process ended with exit code {code}"
+    return Outcome(
+        backend, job.op, job.case, job.mode, "", "timeout" if hung else "crash", message, seconds=round(seconds, 3)
+    )
+
+
+def _work(there: Connection, backend: str, todo: Sequence[Job]) -> None:
+    """The worker: None once the backend is made, or why it cannot be; then an outcome for every job."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+    try:
+        cls = backend_class(backend)
+        for mode in {job.mode for job in todo}:
+            select([backend], numerics_for(mode))
+    except BackendError as error:
+        there.send(str(error))
+        return
+    there.send(None)
+    with torch.inference_mode():
+        for job in todo:
+            there.send(run(cls, job))
+
+
+@cache
+def oracles(mode: str) -> tuple[Resolved, Resolved, Resolved]:
+    """The reference in a mode's profile, in that profile widened to float64, and the naive oracle, widened."""
+    numerics = numerics_for(mode)
+    reference = backend_class(FALLBACK)
+    return (
+        resolve([reference(numerics)]),
+        resolve([reference(widen(numerics))]),
+        resolve([Naive(widen(numerics))]),
+    )
+
+
+@cache
+def _case(op: str, id: str) -> Case:
+    return next(case for case in OPS[op].cases() if case.id == id)
+
+
+_CANDIDATES: dict[tuple[type[Backend], str], Resolved] = {}
+
+
+def _candidate(cls: type[Backend], mode: str) -> Resolved:
+    """The ops that are put to the test: the backend's, with the reference behind it, watched."""
+    if (cls, mode) not in _CANDIDATES:
+        first = cls(numerics_for(mode))
+        behind = [] if cls.name == FALLBACK else [backend_class(FALLBACK)(first.numerics, first.device)]
+        ops = resolve([first, *behind])
+        watch(ops)
+        _CANDIDATES[cls, mode] = ops
+    return _CANDIDATES[cls, mode]
+
+
+def run(cls: type[Backend], job: Job) -> Outcome:
+    """One case of a backend, in this process. The reference is compared with the naive oracle, others with it."""
+    start = time.monotonic()
+    name = cls.name
+    try:
+        ops = _candidate(cls, job.mode)
+        runs_as = next(r.runs_as for r in ops.resolutions if r.op == job.op)
+    except Exception as error:
+        return Outcome(name, job.op, job.case, job.mode, "", "error", _described(error))
+    case, spec = _case(job.op, job.case), OPS[job.op]
+
+    def outcome(verdict: str, message: str = "", **found: Any) -> Outcome:
+        seconds = round(time.monotonic() - start, 4)
+        return Outcome(name, job.op, job.case, job.mode, runs_as, verdict, message, seconds=seconds, **found)
+
+    try:
+        got = run_case(case, ops)
+    except Misconduct as error:
+        return outcome("misconduct", str(error))
+    except Exception as error:
+        return outcome("error", _described(error))
+    reference, wide, naive = oracles(job.mode)
+    if ops.device.type == "meta":
+        wrong = _shapes(got, run_case(case, reference))
+        return outcome("disagrees" if wrong else "shapes", wrong)
+    want = run_case(case, naive if name == FALLBACK else reference)
+    if name == FALLBACK:  # the oracle computes in float64: what it returns is rounded to what an op must return
+        want = {key: value.to(got[key].dtype) if key in got else value for key, value in want.items()}
+    budgets = budget(case, spec.tolerance, reference, wide)
+    found = compare(got, want, spec.tolerance, budgets, ops.device.type)
+    wrong = "; ".join(f"{result}: {c.message}" for result, c in found.items() if not c.ok)
+    shares = [share for result, c in found.items() if (share := of_budget(c, budgets.get(result))) is not None]
+    return outcome(
+        "disagrees" if wrong else "agrees",
+        wrong,
+        of_budget=max(shares, default=None),
+        metrics={result: c.metrics for result, c in found.items()},
+    )
+
+
+def of_budget(comparison: Comparison, allowed: Budget | None) -> float | None:
+    """The error of a result as a multiple of its budget: above 1 it disagrees. An exact check has no budget: inf where
+    it fails, None where it does not."""
+    metrics = comparison.metrics
+    if allowed is None or "nmse" not in metrics:
+        return None if comparison.ok else math.inf
+    rms, largest = metrics["nmse"] ** 0.5, metrics["max_rel"]
+    shares = ((rms, allowed.rms), (largest, allowed.largest))
+    return max(error / most if most else (math.inf if error else 0.0) for error, most in shares)
+
+
+def _shapes(got: Results, want: Results) -> str:
+    a, b = ({name: (tuple(t.shape), t.dtype) for name, t in r.items()} for r in (got, want))
+    return "" if a == b else f"shapes and dtypes are {a}, expected {b}"
+
+
+def _finite(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,123 @@
+"""`conform`: verdicts, files and exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4_hal.conformance import mutants
+
+Tool = Callable[..., Any]
+FEW = ("-o", "swiglu", "-p", "tokens=5", "--mode", "exact")
+
+
+def test_the_reference_against_the_oracle(tool: Tool, tmp_path: Path) -> None:
+    done = tool("conform", "--backend", "reference", *FEW, "--out", tmp_path / "report")
+    assert done.code == 0, done.err
+    assert "reference: the reference, against the naive float64 oracle; 6 cases: 6 agrees" in done.out
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"results.jsonl", "junit.xml", "report.md"}
+
+
+def test_null_makes_no_claim_of_agreement(tool: Tool) -> None:
+    done = tool("conform", "--backend", "null", *FEW)
+    assert done.code == 0, done.err
+    assert "6 cases: 6 shapes" in done.out and "agrees" not in done.out
+
+
+MINIMAL = """
+from dsv4_hal.backends.reference import Reference
+
+class MyChip(Reference):
+    name = "third"
+    device_type = "cpu"
+"""
+WRONG = """
+    def swiglu(self, *args, **kwargs):
+        return super().swiglu(*args, **kwargs) * 1.001
+"""
+
+
+@pytest.mark.usefixtures("third")
+def test_a_minimal_backend_passes_and_claims_nothing(tool: Tool, tmp_path: Path) -> None:
+    site = tmp_path / "site packages"
+    (site / "third_vendor.py").write_text(MINIMAL.replace("MyChip", "Third"))
+    done = tool("conform", "--backend", "third", *FEW)
+    assert done.code == 0, done.err
+    assert "third: 0 native ops of 34; 6 cases: 6 agrees" in done.out
+
+
+@pytest.mark.usefixtures("third")
+def test_waivers_and_exit_codes(tool: Tool, tmp_path: Path) -> None:
+    site = tmp_path / "site packages"
+    (site / "third_vendor.py").write_text(MINIMAL.replace("MyChip", "Third") + WRONG)
+    arguments = ("conform", "--backend", "third", *FEW)
+    wrong = tool(*arguments, "--out", tmp_path / "report")
+    assert wrong.code == 1
+    assert "third: 1 native op of 34; 6 cases: 6 disagrees" in wrong.out
+    assert "swiglu[tokens=5,width=96,limit=None,weighted=True]@exact: disagrees: y: nmse" in wrong.out
+    lines = (tmp_path / "report" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["verdict"] for line in lines[1:]] == ["disagrees"] * 6
+    waivers = site / "waivers.yaml"
+    waivers.write_text('- {case: "swiglu[", reason: off by a thousandth, date: 2026-11-25}\n')
+    waived = tool(*arguments)
+    assert waived.code == 0 and "6 waived" in waived.out and "off by a thousandth" in waived.out
+    (site / "third_vendor.py").write_text(MINIMAL.replace("MyChip", "Third"))
+    stale = tool(*arguments)
+    assert stale.code == 4 and "stale waiver: swiglu[ of 2026-11-25: no case of it fails" in stale.out
+    waivers.write_text("- 3\n")
+    broken = tool(*arguments)
+    assert broken.code == 2 and "waivers.yaml: waiver 1" in broken.err
+
+
+def test_cases_can_be_listed_and_pasted_back(tool: Tool) -> None:
+    listed = tool("conform", "--list", "-o", "moe").out.split("\n")
+    assert len(listed) > 20 and listed[0].startswith("route[")
+    done = tool("conform", "-p", listed[0], "--mode", "exact")
+    assert done.code == 0 and "1 cases: 1 agrees" in done.out
+    again = tool("conform", "-p", f"{listed[0]}@deployed")  # as a failure is shown
+    assert "1 cases: 1 agrees" in again.out
+
+
+def test_mutants(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = {m.name: m for m in mutants.mutants()}
+    right = mutants.Mutant("right", "nothing", "hadamard", lambda right, self, x: right.hadamard(self, x))
+    chosen = [some["comb_transposed"], some["ties_cut"]]
+    monkeypatch.setattr(mutants, "mutants", lambda: tuple(chosen))
+    done = tool("conform", "--mutants")
+    assert done.code == 0
+    assert "mHC: comb is transposed: at 602 budgets by hc_post[tokens=1,streams=4,width=128]@deployed" in done.out
+    assert "rounded down: exactly by quantize[" in done.out
+    assert "2 of 2 mutants caught" in done.out
+    chosen.append(right)
+    done = tool("conform", "--mutants")
+    assert done.code == 1 and "nothing: not caught" in done.out and "2 of 3 mutants caught" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "error"),
+    [
+        (("-o", "linaer"), 2, "no op or family is called 'linaer'; did you mean linear?"),
+        (("-p", "nothing[like=this]"), 2, "no case has 'nothing[like=this]' in its id"),
+        (("--mode", "fast"), 2, "--mode must be exact or deployed, got 'fast'"),
+        (
+            ("--backend", "refrence"),
+            3,
+            "no backend is called 'refrence'",
+        ),
+    ],
+)
+def test_bad_input(tool: Tool, arguments: tuple[str, ...], code: int, error: str) -> None:
+    done = tool("conform", *arguments)
+    assert done.code == code
+    assert error in " ".join(done.err.split())
+
+
+@pytest.mark.usefixtures("third")
+def test_a_backend_whose_import_explodes(tool: Tool) -> None:
+    done = tool("conform", "--backend", "broken", *FEW)
+    assert done.code == 3
+    assert "backend broken does not load: OSError" in done.err

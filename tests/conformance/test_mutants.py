@@ -1,0 +1,43 @@
+"""Every fault that real ports had is caught, and clearly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4_hal.conformance.mutants import ENOUGH, Mutant, hunt, mutants
+from dsv4_hal.ops import OPS
+
+
+def test_there_are_enough_and_each_is_another() -> None:
+    assert len(mutants()) >= 30
+    assert len({m.name for m in mutants()}) == len({m.fault for m in mutants()}) == len(mutants())
+    assert {m.op for m in mutants()} <= set(OPS)
+
+
+@pytest.mark.parametrize("mutant", mutants(), ids=lambda m: m.name)
+def test_it_is_caught(mutant: Mutant) -> None:
+    with torch.inference_mode():
+        catch = hunt(mutant)
+    assert catch.ok and catch.outcome is not None, mutant.fault
+    assert catch.outcome.op == mutant.op and not catch.outcome.ok
+    assert catch.outcome.of_budget is None or catch.outcome.of_budget >= ENOUGH
+
+
+def test_what_is_right_is_not_caught() -> None:
+    right: Callable[..., Tensor] = lambda right, self, *args, **kwargs: right.hadamard(self, *args, **kwargs)  # noqa: E731
+    with torch.inference_mode():
+        catch = hunt(Mutant("right", "nothing is wrong", "hadamard", right))
+    assert catch.outcome is None and not catch.ok
+
+
+def test_what_is_wrong_by_little_is_not_caught_clearly() -> None:
+    def slightly(right: type, self: object, x: Tensor) -> Tensor:
+        return right.hadamard(self, x) * (1 + 2.0**-6)  # type: ignore[attr-defined,no-any-return]
+
+    with torch.inference_mode():
+        catch = hunt(Mutant("slight", "two bits of bf16", "hadamard", slightly))
+    assert catch.outcome is not None and catch.outcome.of_budget is not None

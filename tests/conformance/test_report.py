@@ -1,0 +1,87 @@
+"""Waivers, and the files a run leaves behind."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from dsv4_hal.conformance.report import Run, write
+from dsv4_hal.conformance.runner import Outcome
+from dsv4_hal.conformance.waivers import Waiver, read_waivers
+
+DAY = datetime.date(2026, 11, 25)
+GOOD = Outcome(
+    "chip", "linear", "linear[a=1]", "exact", "native", "agrees", of_budget=0.25, metrics={"y": {"nmse": 0.0}}
+)
+BAD = Outcome("chip", "linear", "linear[a=2]", "exact", "native", "disagrees", "y: \x1b too far", float("inf"))
+LOST = Outcome("chip", "rope", "rope[a=1]", "deployed", "reference", "timeout", "no result after 3 s")
+KINDS = {"linear": "native", "rope": "reference", "mlp": "composite"}
+
+
+def a_run(*waivers: Waiver, outcomes: tuple[Outcome, ...] = (GOOD, BAD, LOST)) -> Run:
+    return Run("chip", "0.1.0", KINDS, outcomes, waivers)
+
+
+def test_the_headline_says_first_what_is_the_backends_own() -> None:
+    assert a_run().headline == "chip: 1 native op of 3; 3 cases: 1 agrees, 1 disagrees, 1 timeout"
+    fallback = Run("chip", "0.1.0", dict.fromkeys(KINDS, "reference"), [GOOD])
+    assert fallback.headline.startswith("chip: 0 native ops of 3; 1 cases")
+
+
+def test_waivers_cover_failures_and_grow_stale() -> None:
+    rope, linear = Waiver("rope[", "slow driver", DAY), Waiver("linear[a=2", "rounds per 32", DAY, "exact")
+    assert [o.case for o in a_run(rope).failed] == ["linear[a=2]"]
+    assert not a_run(rope, linear).failed and not a_run(rope, linear).stale
+    fine = Waiver("linear[a=1", "was wrong once", DAY)
+    assert a_run(rope, fine).stale == [fine]
+    other = Waiver("swiglu[", "did not run", DAY)
+    assert not a_run(other).stale
+    assert not Waiver("linear[a=2", "x", DAY, "deployed").matches(BAD)
+    assert "1 waived" in a_run(rope).headline
+
+
+def test_files(tmp_path: Path) -> None:
+    write(a_run(Waiver("rope[", "slow driver", DAY)), tmp_path / "new" / "folder")
+    head, *lines = [json.loads(line) for line in (tmp_path / "new/folder/results.jsonl").read_text().splitlines()]
+    assert head["run"] == "chip" and head["ops"] == KINDS and head["torch"]
+    assert [(line["verdict"], line["waived"]) for line in lines] == [
+        ("agrees", False), ("disagrees", False), ("timeout", True),
+    ]  # fmt: skip
+    assert lines[0]["of_budget"] == 0.25 and lines[1]["of_budget"] == "inf"
+    suite = ElementTree.parse(tmp_path / "new/folder/junit.xml").getroot()
+    assert (suite.get("tests"), suite.get("failures")) == ("3", "1")
+    assert [child.tag for case in suite for child in case] == ["failure", "skipped"]
+    text = (tmp_path / "new/folder/report.md").read_text()
+    assert "| linear | native | 2 | 1 | inf |" in text
+    assert "`linear[a=2]@exact` disagrees" in text
+
+
+def test_reading_waivers(tmp_path: Path) -> None:
+    file = tmp_path / "waivers.yaml"
+    file.write_text('- {case: "linear[", mode: exact, reason: why, date: 2026-11-25}\n')
+    assert read_waivers(file) == [Waiver("linear[", "why", DAY, "exact")]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("a: 1", "must be a list of waivers"),
+        ("- 3", "waiver 1: must have case, reason and date"),
+        ("- {case: a, reason: b}", "waiver 1: date must be a day"),
+        ("- {case: a, date: 2026-11-25}", "waiver 1: reason must be text"),
+        ("- {case: a, reason: ' ', date: 2026-11-25}", "waiver 1: reason must be text"),
+        ("- {case: a, reason: b, date: 2026-11-25, mod: exact}", "waiver 1: unknown key mod"),
+        ("- {case: a, reason: b, date: 2026-11-25, mode: fast}", "waiver 1: mode must be exact or deployed"),
+        ("- [", "waivers.yaml: while parsing"),
+    ],
+)
+def test_bad_waivers(tmp_path: Path, text: str, error: str) -> None:
+    file = tmp_path / "waivers.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"waivers\.yaml: ") as caught:
+        read_waivers(file)
+    assert error in str(caught.value)
