@@ -1,21 +1,30 @@
-"""Watching a backend while it runs: it must not change its inputs, nor write beside the tensor it was given."""
+"""Watching a backend while it runs: what it must not change, it must not change.
+
+Its inputs stay as they were, the batch and its plan included; memory around `out` too. Of a pool of cache rows only the
+blocks of the batch's own sequences may change, of a compressor's state only their slots. And a result is new: one that
+lies in the memory of an earlier result changes that one.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial, wraps
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dsv4_hal.batch import Batch
 from dsv4_hal.dispatch import Resolved
-from dsv4_hal.formats import QTensor
 from dsv4_hal.ops import KV, OPS
 
-# What an op may write, by parameter name: the tensor it is given for its result, rows of a pool, a compressor's state.
+# Parameters that an op may write to, and attributes that it may set: its result, rows of a pool, a compressor's state;
+# the plan that `plan` makes, and what a backend keeps in one.
 WRITES = frozenset({"out", "pool", "state"})
+KEPT = frozenset({"plan", "vendor", "owner"})
 
 
 class Misconduct(Exception):
@@ -23,51 +32,88 @@ class Misconduct(Exception):
 
 
 def watch(ops: Resolved) -> None:
-    """From now on every op called on `ops` raises Misconduct where it changed an input, or memory around its `out`."""
+    """From now on every op called on `ops` raises Misconduct where it changed what it must not."""
+    earlier: dict[str, list[Tensor]] = {}
     for op, spec in OPS.items():
-        setattr(ops, op, _watched(op, inspect.signature(spec.definition), getattr(ops, op)))
+        setattr(ops, op, _watched(op, inspect.signature(spec.definition), getattr(ops, op), earlier))
 
 
-def _watched(op: str, signature: inspect.Signature, run: Callable[..., Any]) -> Callable[..., Any]:
+def _watched(
+    op: str, signature: inspect.Signature, run: Callable[..., Any], earlier: dict[str, list[Tensor]]
+) -> Callable[..., Any]:
     @wraps(run)
     def call(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(None, *args, **kwargs).arguments
-        inputs = [
-            (name, t, _bytes(t).clone()) for name, value in given.items() if name not in WRITES for t in _tensors(value)
-        ]
-        out: Tensor | None = given.get("out")
-        around = None if out is None or out.is_meta else _around(out)
+        before = [(name, look, look()) for name, look in _looks(op, given)]
         result = run(*args, **kwargs)
-        for name, now, before in inputs:
-            if not torch.equal(_bytes(now), before):
-                raise Misconduct(f"{op} changed its input {name}")
-        if out is not None and around is not None and not torch.equal(_around(out), around):
-            raise Misconduct(f"{op} wrote outside of out")
+        for name, look, was in before:
+            if look() != was:
+                raise Misconduct(f"{op} {name}")
+        own = {t.untyped_storage().data_ptr() for value in given.values() for t in _tensors(value)}
+        new = [t for t in _tensors(result) if t.numel() and t.untyped_storage().data_ptr() not in own]
+        if {t.untyped_storage().data_ptr() for t in new} & {
+            t.untyped_storage().data_ptr() for t in earlier.get(op, [])
+        }:
+            raise Misconduct(f"{op} returned the memory of an earlier result")
+        earlier[op] = new  # kept, so that nobody else can be given this memory
         return result
 
     return call
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Tensors on a device with memory, inside an argument."""
+def _looks(op: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], list[bytes]]]]:
+    """(what is wrong if it changes, a function that reads it) for everything that must stay."""
+    for name in given.keys() - WRITES:
+        yield f"changed its input {name}", partial(_contents, given[name], op == "plan")
+    out, batch = given.get("out"), given.get("batch")
+    if isinstance(out, Tensor) and not out.is_meta:
+        yield "wrote outside of out", lambda: [_around(out)]
+    pool, state = given.get("pool"), given.get("state")
+    if isinstance(pool, KV) and isinstance(batch, Batch) and not pool.data.is_meta:
+        table = batch.window_table if pool.layout.ratio == 1 else batch.token_table
+        others = np.setdiff1d(np.arange(len(pool.data)), () if table is None else table)
+        yield "changed blocks of the pool that belong to other sequences", lambda: [_bytes(pool.data[others])]
+    if isinstance(state, Tensor) and not state.is_meta:
+        mine = (given["target"],) if op == "state_copy" else (given["slot"],) if op == "state_reset" else ()
+        slots = batch.slots if isinstance(batch, Batch) and batch.slots is not None else mine
+        rest = np.setdiff1d(np.arange(len(state)), slots)
+        yield "changed the state of other sequences", lambda: [_bytes(state[rest])]
+
+
+def _contents(value: Any, planning: bool) -> list[bytes]:
+    return [_bytes(t) for t in _tensors(value, planning)]
+
+
+def _tensors(value: Any, planning: bool = False) -> Iterator[Tensor]:
+    """Tensors with memory, inside an argument or a result. planning: the batch's plan is being made."""
     if isinstance(value, Tensor):
         if not value.is_meta:
             yield value
-    elif isinstance(value, QTensor):
-        yield from _tensors((value.data, value.scale))
-    elif isinstance(value, KV):
-        yield from _tensors(value.data)
-    elif isinstance(value, tuple):
+    elif isinstance(value, np.ndarray):
+        if value.dtype != object:
+            yield torch.from_numpy(np.ascontiguousarray(value))
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            if field.name not in KEPT or (field.name == "plan" and not planning):
+                yield from _tensors(getattr(value, field.name))
+    elif isinstance(value, Mapping):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
 
 
-def _bytes(t: Tensor) -> Tensor:
-    return t.detach().contiguous().reshape(-1).view(torch.uint8)
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
-def _around(out: Tensor) -> Tensor:
-    """A copy of the bytes of `out`'s storage that are not its own."""
+def _bytes(t: Tensor) -> bytes:
+    t = t.detach().cpu().contiguous().reshape(-1)
+    return t.view(torch.uint8).numpy().tobytes() if t.numel() else b""
+
+
+def _around(out: Tensor) -> bytes:
+    """The bytes of `out`'s storage that are not its own."""
     whole = torch.empty(0, dtype=torch.uint8, device=out.device).set_(out.untyped_storage())
     first, last = out.storage_offset() * out.itemsize, (out.storage_offset() + out.numel()) * out.itemsize
-    return torch.cat([whole[:first], whole[last:]])
+    return _bytes(torch.cat([whole[:first], whole[last:]]))

@@ -47,7 +47,10 @@ class Catch:
 
     @property
     def ok(self) -> bool:
-        """Caught clearly: by an exact check, or by an error of at least ENOUGH budgets."""
+        """Caught clearly: by an exact check, or by an error of at least ENOUGH budgets, or by the watch that is kept.
+
+        One that merely raises is a mutant that does not fit its op's signature, and is not caught.
+        """
         return self.outcome is not None and _clarity(self.outcome) >= ENOUGH
 
 
@@ -73,8 +76,10 @@ def hunt(mutant: Mutant) -> Catch:
 
 
 def _clarity(outcome: Outcome) -> float:
-    """How far beyond its budget; what raises instead of answering is as clear as can be."""
-    return math.inf if outcome.of_budget is None else outcome.of_budget
+    """How far beyond its budget."""
+    if outcome.verdict == "misconduct":
+        return math.inf
+    return outcome.of_budget or 0.0 if outcome.verdict == "disagrees" else 0.0
 
 
 def _class(mutant: Mutant, right: type[Backend]) -> type[Backend]:
@@ -120,7 +125,7 @@ def gate_clamped_below(
     right: Any, self: Any, gate_up: Tensor, limit: float | None, *args: Any, **kwargs: Any
 ) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
-    low = gate if limit is None else gate.clamp(min=-limit / 4)
+    low = gate if limit is None else gate.clamp(min=-limit)
     return right.swiglu(self, torch.cat([low, up], -1), limit, *args, **kwargs)
 
 
@@ -269,9 +274,10 @@ def index_query_unrounded(
 def rope_by_halves(right: Any, self: Any, x: Tensor, cos_sin: Any, inverse: bool = False, **kwargs: Any) -> Tensor:
     width = 2 * cos_sin[0].shape[1]
     order = torch.arange(width).view(2, -1).T.flatten()
-    turned = x.clone()
-    turned[..., x.shape[-1] - width :] = x[..., x.shape[-1] - width :][..., order]
-    return right.rope(self, turned, cos_sin, inverse, **kwargs)
+    first = x.shape[-1] - width
+    y = right.rope(self, torch.cat([x[..., :first], x[..., first:][..., order]], -1), cos_sin, inverse)
+    y = torch.cat([y[..., :first], y[..., first:][..., order.argsort()]], -1)
+    return y if kwargs.get("out") is None else kwargs["out"].copy_(y)
 
 
 @mutant("RoPE: the output is not rotated back", "output_proj")
@@ -312,7 +318,7 @@ def entries_not_rotated(
     return super(right, self).compressor(x, weights, batch, ratio, overlap, state, still, eps)
 
 
-@mutant("RoPE: compressed keys are rotated at the end of their block", "compressor")
+@mutant("RoPE: compressed keys are rotated by the angle of another block", "compressor")
 def entries_at_the_wrong_position(
     right: Any, self: Any, x: Tensor, weights: Any, batch: Any, ratio: int, overlap: bool, state: Any, cs: Any, eps: Any
 ) -> Tensor:
@@ -387,6 +393,23 @@ def mean_instead_of_softmax(right: Any, self: Any, kv: Tensor, gate: Tensor, ape
     return right.compress(self, kv, torch.zeros_like(gate), torch.zeros_like(ape), *args)
 
 
+@mutant("compressor: the state of other sequences is overwritten", "compress")
+def other_slots_written(right: Any, self: Any, kv: Tensor, gate: Tensor, ape: Tensor, batch: Any, *args: Any) -> Tensor:
+    out = right.compress(self, kv, gate, ape, batch, *args)
+    if len(args) > 2 and args[2] is not None and batch.slots is not None:
+        args[2][[s for s in range(len(args[2])) if s not in batch.slots]] = 0
+    return out
+
+
+@mutant("cache: blocks of other sequences are overwritten", "kv_store")
+def other_blocks_written(right: Any, self: Any, rows: Tensor, layout: Any, batch: Any, pool: KV | None = None) -> KV:
+    kept = right.kv_store(self, rows, layout, batch, pool)
+    if pool is not None:
+        table = batch.window_table if layout.ratio == 1 else batch.token_table
+        pool.data[[block for block in range(len(pool.data)) if block not in table]] = 0
+    return kept
+
+
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
@@ -458,7 +481,7 @@ def scale_doubled(right: Any, self: Any, x: Tensor, fmt: Any) -> QTensor:
 
 @mutant("quantisation: what lies halfway is rounded down", "quantize")
 def ties_cut(right: Any, self: Any, x: Tensor, fmt: Any) -> QTensor:
-    return right.quantize(self, x * (1 - 2.0**-7), fmt)
+    return right.quantize(self, x.float() * (1 - 2.0**-20), fmt)
 
 
 @mutant("FP8: activations in front of a quantised weight are not rounded", "linear")
@@ -469,7 +492,7 @@ def activation_unrounded(right: Any, self: Any, x: Any, w: Any, *args: Any, **kw
 @mutant("FP8: a scale is read one block further", "linear")
 def scale_of_the_next_block(right: Any, self: Any, x: Any, w: Any, *args: Any, **kwargs: Any) -> Tensor:
     if w.scale is not None:
-        w = replace(w, scale=w.scale.roll(1, -1))
+        w = replace(w, scale=w.scale.roll(-1, -1))
     return right.linear(self, x, w, *args, **kwargs)
 
 
@@ -494,8 +517,8 @@ def epsilon_forgotten(right: Any, self: Any, x: Tensor, weight: Tensor | None, e
     return right.rms_norm(self, x, weight, 0.0, **kwargs)
 
 
-@mutant("sampling: top_p keeps one token too few", "sample")
-def top_p_too_small(
+@mutant("sampling: top_p is ignored", "sample")
+def top_p_ignored(
     right: Any, self: Any, logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, *args: Any
 ) -> Tensor:
-    return right.sample(self, logits, temperature, top_p * 0.8, *args)
+    return right.sample(self, logits, temperature, 1.0, *args)

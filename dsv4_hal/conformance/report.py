@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,21 @@ from dsv4_hal.ops import OPS
 
 @dataclass(frozen=True)
 class Run:
-    """Outcomes of one backend, in the order they came.
-
-    runs_as  op -> how it runs (see `dsv4_hal.dispatch.Resolution.runs_as`), for all ops
-    """
+    """Outcomes of one backend, in the order they came."""
 
     backend: str
     version: str
-    runs_as: Mapping[str, str]
     outcomes: Sequence[Outcome]
     waivers: Sequence[Waiver] = ()
+
+    @property
+    def runs_as(self) -> dict[str, str]:
+        """How each op that ran was run; "native / reference" where that differs from mode to mode."""
+        kinds: dict[str, dict[str, None]] = {}
+        for outcome in self.outcomes:
+            if outcome.runs_as:
+                kinds.setdefault(outcome.op, {})[outcome.runs_as] = None
+        return {op: " / ".join(kinds[op]) for op in OPS if op in kinds}
 
     @property
     def failed(self) -> list[Outcome]:
@@ -57,7 +62,7 @@ class Run:
         if self.backend == "reference":
             own_text = "the reference, against the naive float64 oracle"
         else:
-            own_text = f"{own} native op{'' if own == 1 else 's'} of {len(self.runs_as)}"
+            own_text = f"{own} native op{'' if own == 1 else 's'} of the {len(self.runs_as)} that ran"
         return f"{self.backend}: {own_text}; {len(self.outcomes)} cases: {told or 'none'}"
 
 
@@ -88,7 +93,7 @@ def write(run: Run, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "results.jsonl").write_text(jsonl(run), encoding="utf-8")
     ElementTree.ElementTree(junit(run)).write(directory / "junit.xml", encoding="utf-8", xml_declaration=True)
-    (directory / "report.md").write_text(markdown(run), encoding="utf-8")
+    (directory / "report.md").write_text(markdown(run), encoding="utf-8", errors="backslashreplace")
 
 
 def jsonl(run: Run) -> str:
@@ -99,7 +104,7 @@ def jsonl(run: Run) -> str:
         "python": platform.python_version(),
         "machine": platform.platform(),
         "headline": run.headline,
-        "ops": dict(run.runs_as),
+        "ops": run.runs_as,
     }
     lines = [head, *({**o.to_dict(), "waived": bool(run.waiver(o))} for o in run.outcomes)]
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
@@ -115,7 +120,7 @@ def junit(run: Run) -> ElementTree.Element:
             suite, "testcase", classname=f"{run.backend}.{outcome.op}", name=outcome.id, time=str(outcome.seconds)
         )
         if waiver := run.waiver(outcome):
-            ElementTree.SubElement(case, "skipped", message=f"waived {waiver.date}: {waiver.reason}")
+            ElementTree.SubElement(case, "skipped", message=_xml(f"waived {waiver.date}: {waiver.reason}"))
         elif not outcome.ok:
             ElementTree.SubElement(case, "failure", message=_xml(f"{outcome.verdict}: {outcome.message}"))
     return suite
@@ -146,5 +151,5 @@ def share(of_budget: float | None) -> str:
 
 
 def _xml(text: str) -> str:
-    """XML has no place for control characters."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    """XML has no place for control characters, nor for halves of surrogate pairs."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)

@@ -6,13 +6,18 @@ that, and the rest go on in a new worker.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
 import multiprocessing
+import os
+import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +26,14 @@ from dsv4_hal.backend import Backend, BackendError
 from dsv4_hal.conformance.compare import Budget, Comparison, Results, budget, compare, run_case, widen
 from dsv4_hal.conformance.guard import Misconduct, watch
 from dsv4_hal.conformance.oracle import Naive
+from dsv4_hal.conformance.transport import Packed, pack, unpack
 from dsv4_hal.dispatch import Resolved, resolve, select
 from dsv4_hal.numerics import numerics_for
 from dsv4_hal.ops import OPS, Case
 from dsv4_hal.registry import FALLBACK, backend_class
 
 MODES = ("exact", "deployed")
+STARTING = 600.0  # seconds a backend may take to be made
 PASSED = ("agrees", "shapes")  # verdicts that are no failure; "shapes": no values to compare, and no agreement claimed
 
 
@@ -87,79 +94,111 @@ def jobs(ops: Sequence[str] = (), pattern: str = "", modes: Iterable[str] = MODE
     return [job for job in every if pattern in job.id]
 
 
-def conform(backend: str, work: Iterable[Job], limit: float = 60.0) -> Iterator[Outcome]:
-    """Every job on a backend, in a worker process. limit: seconds a case may take. BackendError where the backend
-    cannot be used at all."""
-    todo = list(work)
+def conform(
+    backend: str, work: Iterable[Job], limit: float = 60.0, told: dict[str, str] | None = None
+) -> Iterator[Outcome]:
+    """Every job on a backend: its part in a worker process, the verdict in this one, which never loads the backend.
+
+    limit  seconds a case may take in the worker
+    told   is given what the backend says of itself: "waivers", the path of a file of waivers beside its module
+    BackendError where the backend cannot be used at all; where it is lost later, the cases that remain are errors.
+    """
+    todo, done = list(work), False
     context = multiprocessing.get_context("spawn")
     while todo:
         here, there = context.Pipe()
-        worker = context.Process(target=_work, args=(there, backend, todo), daemon=True)
+        worker = context.Process(target=_work, args=(there, backend, todo))
         worker.start()
         there.close()
         try:
-            if (failed := _receive(here, worker, 600.0)) is not None:  # made its backends
-                raise BackendError(str(failed))
+            about = _receive(here, worker, STARTING)
+            if isinstance(about, str):
+                raise BackendError(about)
+            (told if told is not None else {}).update(about)
             while todo:
                 job = todo.pop(0)
                 start = time.monotonic()
                 try:
-                    yield _receive(here, worker, limit)
+                    made = _receive(here, worker, limit)
                 except (TimeoutError, EOFError) as error:
-                    yield _lost(backend, job, error, time.monotonic() - start, worker.exitcode)
+                    yield judge(backend, job, _lost(error, time.monotonic() - start, worker.exitcode))
                     break
-        except EOFError:
-            raise BackendError(f"backend {backend} killed its process (exit code {worker.exitcode})") from None
+                finally:
+                    done = True
+                yield judge(backend, job, made)
+        except (BackendError, TimeoutError, EOFError) as error:
+            why = {
+                TimeoutError: f"backend {backend} could not be made within {STARTING:g} s",
+                EOFError: f"backend {backend} killed its process (exit code {worker.exitcode})",
+            }.get(type(error), str(error))
+            if not done:
+                raise BackendError(why) from None
+            for job in todo:
+                yield judge(backend, job, Produced("", "", None, "error", f"after an earlier case was lost: {why}"))
+            todo = []
         finally:
-            worker.kill()
-            worker.join()
+            _end(worker)
             here.close()
 
 
 def _receive(here: Connection, worker: Any, seconds: float) -> Any:
     """What the worker sends next. TimeoutError if it takes too long, EOFError if the worker is gone."""
-    if not here.poll(seconds):
+    ready = wait([here, worker.sentinel], seconds)
+    if not ready:
         raise TimeoutError
-    try:
-        return here.recv()
-    except EOFError:
-        worker.join()
-        raise
+    if here in ready or here.poll():
+        try:
+            return here.recv()
+        except (EOFError, ConnectionResetError):
+            pass
+    worker.join()
+    raise EOFError
 
 
-def _lost(backend: str, job: Job, error: Exception, seconds: float, code: int | None) -> Outcome:
+def _end(worker: Any) -> None:
+    """The worker and whatever it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.kill()
+    worker.join()
+
+
+def _lost(error: Exception, seconds: float, code: int | None) -> Produced:
     hung = isinstance(error, TimeoutError)
     message = f"no result after {seconds:.0f} s" if hung else f"the process ended with exit code {code}"
-    return Outcome(
-        backend, job.op, job.case, job.mode, "", "timeout" if hung else "crash", message, seconds=round(seconds, 3)
-    )
+    return Produced("", "", None, "timeout" if hung else "crash", message, round(seconds, 3))
 
 
 def _work(there: Connection, backend: str, todo: Sequence[Job]) -> None:
-    """The worker: None once the backend is made, or why it cannot be; then an outcome for every job."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+    """The worker: what the backend says of itself, or why it cannot be made; then what it makes of every job."""
+    with contextlib.suppress(OSError):
+        os.setsid()  # so that what it starts can be ended with it
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the process that judges needs the other half
     try:
         cls = backend_class(backend)
-        for mode in {job.mode for job in todo}:
+        for mode in dict.fromkeys(job.mode for job in todo):
             select([backend], numerics_for(mode))
+            _candidate(cls, mode)
     except BackendError as error:
         there.send(str(error))
         return
-    there.send(None)
+    there.send({"waivers": str(Path(inspect.getfile(cls)).parent / "waivers.yaml")})
     with torch.inference_mode():
         for job in todo:
-            there.send(run(cls, job))
+            there.send(produce(cls, job))
 
 
 @cache
-def oracles(mode: str) -> tuple[Resolved, Resolved, Resolved]:
-    """The reference in a mode's profile, in that profile widened to float64, and the naive oracle, widened."""
+def oracles(mode: str) -> tuple[Resolved, Resolved, Resolved, Resolved]:
+    """The reference in a mode's profile, in that profile widened to float64, the naive oracle, widened, and null, which
+    knows what dtype each result must have."""
     numerics = numerics_for(mode)
-    reference = backend_class(FALLBACK)
+    reference, null = backend_class(FALLBACK), backend_class("null")
     return (
         resolve([reference(numerics)]),
         resolve([reference(widen(numerics))]),
         resolve([Naive(widen(numerics))]),
+        resolve([null(numerics)]),
     )
 
 
@@ -182,36 +221,73 @@ def _candidate(cls: type[Backend], mode: str) -> Resolved:
     return _CANDIDATES[cls, mode]
 
 
+@dataclass(frozen=True)
+class Produced:
+    """What a backend made of a case, not yet judged.
+
+    device   device type the backend computes on
+    results  by name; None where it made none, for the reason in `verdict` and `message`
+    """
+
+    runs_as: str
+    device: str
+    results: Mapping[str, Packed] | None
+    verdict: str = ""
+    message: str = ""
+    seconds: float = 0.0
+
+
 def run(cls: type[Backend], job: Job) -> Outcome:
-    """One case of a backend, in this process. The reference is compared with the naive oracle, others with it."""
-    start = time.monotonic()
-    name = cls.name
+    """One case of a backend, in this process."""
+    return judge(cls.name, job, produce(cls, job))
+
+
+def produce(cls: type[Backend], job: Job) -> Produced:
+    """The results of a case, watched; or what went wrong."""
     try:
         ops = _candidate(cls, job.mode)
         runs_as = next(r.runs_as for r in ops.resolutions if r.op == job.op)
     except Exception as error:
-        return Outcome(name, job.op, job.case, job.mode, "", "error", _described(error))
-    case, spec = _case(job.op, job.case), OPS[job.op]
+        return Produced("", "", None, "error", _described(error))
+    start = time.monotonic()
 
-    def outcome(verdict: str, message: str = "", **found: Any) -> Outcome:
-        seconds = round(time.monotonic() - start, 4)
-        return Outcome(name, job.op, job.case, job.mode, runs_as, verdict, message, seconds=seconds, **found)
+    def produced(results: Mapping[str, Packed] | None, verdict: str = "", message: str = "") -> Produced:
+        return Produced(runs_as, ops.device.type, results, verdict, message, round(time.monotonic() - start, 4))
 
     try:
-        got = run_case(case, ops)
+        return produced(pack(run_case(_case(job.op, job.case), ops)))
     except Misconduct as error:
-        return outcome("misconduct", str(error))
+        return produced(None, "misconduct", str(error))
     except Exception as error:
-        return outcome("error", _described(error))
-    reference, wide, naive = oracles(job.mode)
-    if ops.device.type == "meta":
+        return produced(None, "error", _described(error))
+
+
+@torch.inference_mode()
+def judge(backend: str, job: Job, made: Produced) -> Outcome:
+    """What a backend made of a case, compared with the reference; the reference's with the naive oracle."""
+
+    def outcome(verdict: str, message: str = "", **found: Any) -> Outcome:
+        return Outcome(
+            backend, job.op, job.case, job.mode, made.runs_as, verdict, message, seconds=made.seconds, **found
+        )
+
+    if made.results is None:
+        return outcome(made.verdict, made.message)
+    elsewhere = {name: p.device for name, p in made.results.items() if p.device != made.device}
+    if elsewhere:
+        told = "; ".join(f"{name}: on {device}, expected {made.device}" for name, device in elsewhere.items())
+        return outcome("disagrees", told, of_budget=math.inf)
+    case, spec, got = _case(job.op, job.case), OPS[job.op], unpack(made.results)
+    reference, wide, naive, null = oracles(job.mode)
+    if made.device == "meta":
         wrong = _shapes(got, run_case(case, reference))
         return outcome("disagrees" if wrong else "shapes", wrong)
-    want = run_case(case, naive if name == FALLBACK else reference)
-    if name == FALLBACK:  # the oracle computes in float64: what it returns is rounded to what an op must return
-        want = {key: value.to(got[key].dtype) if key in got else value for key, value in want.items()}
+    want = run_case(case, naive if backend == FALLBACK else reference)
+    if backend == FALLBACK:  # the oracle computes in float64: what it returns is rounded to what an op must return
+        dtypes = {name: t.dtype for name, t in run_case(case, null).items()}
+        want = {name: value.to(dtypes[name]) for name, value in want.items()}
     budgets = budget(case, spec.tolerance, reference, wide)
-    found = compare(got, want, spec.tolerance, budgets, ops.device.type)
+    found = compare(got, want, spec.tolerance, budgets)
     wrong = "; ".join(f"{result}: {c.message}" for result, c in found.items() if not c.ok)
     shares = [share for result, c in found.items() if (share := of_budget(c, budgets.get(result))) is not None]
     return outcome(

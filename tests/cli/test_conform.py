@@ -47,7 +47,7 @@ def test_a_minimal_backend_passes_and_claims_nothing(tool: Tool, tmp_path: Path)
     (site / "third_vendor.py").write_text(MINIMAL.replace("MyChip", "Third"))
     done = tool("conform", "--backend", "third", *FEW)
     assert done.code == 0, done.err
-    assert "third: 0 native ops of 34; 6 cases: 6 agrees" in done.out
+    assert "third: 0 native ops of the 1 that ran; 6 cases: 6 agrees" in done.out
 
 
 @pytest.mark.usefixtures("third")
@@ -57,7 +57,7 @@ def test_waivers_and_exit_codes(tool: Tool, tmp_path: Path) -> None:
     arguments = ("conform", "--backend", "third", *FEW)
     wrong = tool(*arguments, "--out", tmp_path / "report")
     assert wrong.code == 1
-    assert "third: 1 native op of 34; 6 cases: 6 disagrees" in wrong.out
+    assert "third: 1 native op of the 1 that ran; 6 cases: 6 disagrees" in wrong.out
     assert "swiglu[tokens=5,width=96,limit=None,weighted=True]@exact: disagrees: y: nmse" in wrong.out
     lines = (tmp_path / "report" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["verdict"] for line in lines[1:]] == ["disagrees"] * 6
@@ -71,6 +71,13 @@ def test_waivers_and_exit_codes(tool: Tool, tmp_path: Path) -> None:
     waivers.write_text("- 3\n")
     broken = tool(*arguments)
     assert broken.code == 2 and "waivers.yaml: waiver 1" in broken.err
+
+
+def test_a_backend_that_kills_its_process_on_import(tool: Tool, third: None, tmp_path: Path) -> None:
+    (tmp_path / "site packages" / "third_vendor.py").write_text("import os\nos._exit(5)\n")
+    done = tool("conform", "--backend", "third", *FEW)
+    assert done.code == 3
+    assert "backend third killed its process (exit code 5)" in done.err
 
 
 def test_cases_can_be_listed_and_pasted_back(tool: Tool) -> None:
@@ -89,7 +96,7 @@ def test_mutants(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mutants, "mutants", lambda: tuple(chosen))
     done = tool("conform", "--mutants")
     assert done.code == 0
-    assert "mHC: comb is transposed: at 602 budgets by hc_post[tokens=1,streams=4,width=128]@deployed" in done.out
+    assert "budgets by hc_post[tokens=1,streams=4,width=128]@deployed" in done.out
     assert "rounded down: exactly by quantize[" in done.out
     assert "2 of 2 mutants caught" in done.out
     chosen.append(right)
@@ -102,6 +109,8 @@ def test_mutants(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("-o", "linaer"), 2, "no op or family is called 'linaer'; did you mean linear?"),
         (("-p", "nothing[like=this]"), 2, "no case has 'nothing[like=this]' in its id"),
+        (("--mutants", "-o", "rope"), 2, "it goes with no other option"),
+        (("--limit", "inf"), 2, "--limit"),
         (("--mode", "fast"), 2, "--mode must be exact or deployed, got 'fast'"),
         (
             ("--backend", "refrence"),

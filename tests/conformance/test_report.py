@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,33 +15,38 @@ from dsv4_hal.conformance.runner import Outcome
 from dsv4_hal.conformance.waivers import Waiver, read_waivers
 
 DAY = datetime.date(2026, 11, 25)
-GOOD = Outcome(
-    "chip", "linear", "linear[a=1]", "exact", "native", "agrees", of_budget=0.25, metrics={"y": {"nmse": 0.0}}
-)
-BAD = Outcome("chip", "linear", "linear[a=2]", "exact", "native", "disagrees", "y: \x1b too far", float("inf"))
+FIRST, SECOND = (f"linear[format=bf16,tokens={n},inputs=256,outputs=384]" for n in (1, 5))
+GOOD = Outcome("chip", "linear", FIRST, "exact", "native", "agrees", of_budget=0.25)
+BAD = Outcome("chip", "linear", SECOND, "exact", "native", "disagrees", "y: \x1b too far", float("inf"))
 LOST = Outcome("chip", "rope", "rope[a=1]", "deployed", "reference", "timeout", "no result after 3 s")
-KINDS = {"linear": "native", "rope": "reference", "mlp": "composite"}
+KINDS = {"linear": "native", "rope": "reference"}
 
 
 def a_run(*waivers: Waiver, outcomes: tuple[Outcome, ...] = (GOOD, BAD, LOST)) -> Run:
-    return Run("chip", "0.1.0", KINDS, outcomes, waivers)
+    return Run("chip", "0.1.0", outcomes, waivers)
 
 
 def test_the_headline_says_first_what_is_the_backends_own() -> None:
-    assert a_run().headline == "chip: 1 native op of 3; 3 cases: 1 agrees, 1 disagrees, 1 timeout"
-    fallback = Run("chip", "0.1.0", dict.fromkeys(KINDS, "reference"), [GOOD])
-    assert fallback.headline.startswith("chip: 0 native ops of 3; 1 cases")
+    assert a_run().headline == "chip: 1 native op of the 2 that ran; 3 cases: 1 agrees, 1 disagrees, 1 timeout"
+    assert Run("chip", "0.1.0", [LOST]).headline.startswith("chip: 0 native ops of the 1 that ran; 1 cases")
+    mixed = [GOOD, replace(GOOD, mode="deployed", runs_as="reference")]
+    assert Run("chip", "0.1.0", mixed).runs_as == {"linear": "native / reference"}
 
 
 def test_waivers_cover_failures_and_grow_stale() -> None:
-    rope, linear = Waiver("rope[", "slow driver", DAY), Waiver("linear[a=2", "rounds per 32", DAY, "exact")
-    assert [o.case for o in a_run(rope).failed] == ["linear[a=2]"]
+    rope, linear = (
+        Waiver("rope[", "slow driver", DAY),
+        Waiver("linear[format=bf16,tokens=5", "rounds per 32", DAY, "exact"),
+    )
+    assert [o.case for o in a_run(rope).failed] == [BAD.case]
     assert not a_run(rope, linear).failed and not a_run(rope, linear).stale
-    fine = Waiver("linear[a=1", "was wrong once", DAY)
+    fine = Waiver("linear[format=bf16,tokens=1", "was wrong once", DAY)
     assert a_run(rope, fine).stale == [fine]
-    other = Waiver("swiglu[", "did not run", DAY)
-    assert not a_run(other).stale
-    assert not Waiver("linear[a=2", "x", DAY, "deployed").matches(BAD)
+    assert not a_run(Waiver("swiglu[", "did not run", DAY)).stale
+    typo = Waiver("swigul[", "fits no case", DAY)
+    assert a_run(typo).stale == [typo]
+    assert not Waiver("linear[", "x", DAY, backend="other").matches(BAD)
+    assert not Waiver("linear[format=bf16,tokens=5", "x", DAY, "deployed").matches(BAD)
     assert "1 waived" in a_run(rope).headline
 
 
@@ -57,13 +63,15 @@ def test_files(tmp_path: Path) -> None:
     assert [child.tag for case in suite for child in case] == ["failure", "skipped"]
     text = (tmp_path / "new/folder/report.md").read_text()
     assert "| linear | native | 2 | 1 | inf |" in text
-    assert "`linear[a=2]@exact` disagrees" in text
+    assert f"`{BAD.id}` disagrees" in text
 
 
 def test_reading_waivers(tmp_path: Path) -> None:
     file = tmp_path / "waivers.yaml"
     file.write_text('- {case: "linear[", mode: exact, reason: why, date: 2026-11-25}\n')
     assert read_waivers(file) == [Waiver("linear[", "why", DAY, "exact")]
+    file.write_text("# all gone\n")
+    assert read_waivers(file) == read_waivers(tmp_path / "none.yaml") == []
 
 
 @pytest.mark.parametrize(
@@ -76,6 +84,7 @@ def test_reading_waivers(tmp_path: Path) -> None:
         ("- {case: a, reason: ' ', date: 2026-11-25}", "waiver 1: reason must be text"),
         ("- {case: a, reason: b, date: 2026-11-25, mod: exact}", "waiver 1: unknown key mod"),
         ("- {case: a, reason: b, date: 2026-11-25, mode: fast}", "waiver 1: mode must be exact or deployed"),
+        ("- {case: a, reason: b, date: 2026-11-25T10:00:00}", "waiver 1: date must be a day"),
         ("- [", "waivers.yaml: while parsing"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,16 @@ class Evil(Reference):
 
     def hc_head(self, *args):
         return super().hc_head(*args)[:-1]
+
+    def sparse_attention(self, q, kv, sink, scale, batch, *args, **kwargs):
+        y = super().sparse_attention(q, kv, sink, scale, batch, *args, **kwargs)
+        batch.positions.zero_()
+        return y
+
+    def quantize(self, x, fmt):
+        import subprocess
+        subprocess.run(["true"])  # a worker may start processes of its own
+        return super().quantize(x, fmt)
 """
 EXPECTED = {
     "hadamard": ("disagrees", "nmse inf"),
@@ -67,6 +78,8 @@ EXPECTED = {
     "permute": ("error", "ZeroDivisionError: no experts"),
     "hc_post": ("disagrees", "on meta, expected cpu"),
     "hc_head": ("disagrees", "shape"),
+    "sparse_attention": ("misconduct", "sparse_attention changed its input batch"),
+    "quantize": ("agrees", ""),
     "linear": ("agrees", ""),
 }
 
@@ -85,9 +98,10 @@ def package(path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str, t
 def test_everything_is_reported_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path / "evil", monkeypatch, "evil", EVIL, "Evil")
     wanted = {"swiglu": "how=out", "embedding": "tokens=5", "unpermute": "tokens=5", "linear": "tokens=5,inputs=256"}
+    wanted |= {"sparse_attention": "ragged=chunked,entries=none", "quantize": "rows=5"}
     work = []
     for op in EXPECTED:
-        found = [job for job in jobs([op], modes=["exact"]) if wanted.get(op, "tokens=5") in job.case]
+        found = [job for job in jobs([op], modes=["exact"]) if wanted.get(op, "tokens=5") in job.case]  # fmt: skip
         work.append(found[0])
     outcomes = {outcome.op: outcome for outcome in conform("evil", work, limit=3.0)}
     assert list(outcomes) == list(EXPECTED)
@@ -103,6 +117,56 @@ def test_a_backend_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.Monke
         list(conform("fatal", work))
     with pytest.raises(BackendError, match="no backend is called 'nowhere'"):
         list(conform("nowhere", work))
+
+
+LOST = """
+import os, pathlib
+from dsv4_hal.backend import Verdict
+from dsv4_hal.backends.reference import Reference
+
+FLAG = pathlib.Path(__file__).with_name("lost")
+
+class Lost(Reference):
+    name = "lost"
+
+    @classmethod
+    def available(cls):
+        return Verdict(not FLAG.exists(), "the device fell off the bus")
+
+    def hadamard(self, x):
+        FLAG.touch()
+        os._exit(7)
+"""
+
+
+def test_a_device_that_is_lost_loses_no_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path / "lost", monkeypatch, "lost", LOST, "Lost")
+    work = jobs(["rms_norm", "hadamard", "rope"], "tokens=5", ["exact"])
+    outcomes = list(conform("lost", work))
+    assert [o.case for o in outcomes] == [job.case for job in work]
+    verdicts = [o.verdict for o in outcomes]
+    first = next(i for i, job in enumerate(work) if job.op == "hadamard")
+    assert verdicts[first] == "crash" and set(verdicts[:first]) == {"agrees"}
+    assert set(verdicts[first + 1 :]) == {"error"} and "fell off the bus" in outcomes[-1].message
+
+
+SLOW = """
+import time
+from dsv4_hal.backends.reference import Reference
+
+class Slow(Reference):
+    name = "slow"
+
+    def __init__(self, *args):
+        time.sleep(1.5)
+        super().__init__(*args)
+"""
+
+
+def test_the_time_to_make_a_backend_is_not_a_case_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path / "slow", monkeypatch, "slow", SLOW, "Slow")
+    outcomes = list(conform("slow", jobs(["hadamard"], "tokens=5", ["exact"]), limit=1.0))
+    assert {o.verdict for o in outcomes} == {"agrees"}
 
 
 def test_jobs() -> None:
@@ -163,3 +227,31 @@ def test_watching() -> None:
     watch(ops)
     with pytest.raises(Misconduct, match="hadamard changed its input x"):
         ops.hadamard(x)
+
+
+def test_a_result_in_the_memory_of_an_earlier_one() -> None:
+    class Static(Reference):
+        name = "static"
+        buffer = torch.zeros(3, 8)
+
+        def hadamard(self, x: Tensor) -> Tensor:
+            return self.buffer.copy_(super().hadamard(x))
+
+    ops = resolve([Static(exact())])
+    watch(ops)
+    ops.hadamard(torch.ones(3, 8))
+    with pytest.raises(Misconduct, match="hadamard returned the memory of an earlier result"):
+        ops.hadamard(torch.ones(3, 8))
+
+
+class Narrow(Reference):
+    """Called the reference, but with a dtype of its own."""
+
+    name = "reference"
+
+    def rms_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().rms_norm(*args, **kwargs).double()
+
+
+def test_the_reference_too_must_return_the_dtypes_of_the_contract() -> None:
+    assert "dtype torch.float64" in outcome(Narrow, "rms_norm").message
