@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -18,14 +18,25 @@ import dsv4_hal
 from dsv4_hal.cli import common
 from dsv4_hal.ops import FAMILIES, OPS
 
+if TYPE_CHECKING:
+    from dsv4_hal.conformance.report import Run
+    from dsv4_hal.conformance.runner import Job
+
+
+Op = Annotated[list[str] | None, typer.Option("-o", "--op", help="Only this op, or family of ops.")]
+Pattern = Annotated[str, typer.Option("-p", "--pattern", help="Only cases whose id contains this.")]
+Mode = Annotated[str | None, typer.Option(help="exact or deployed; default both.")]
+Out = Annotated[Path | None, typer.Option(help="Write results.jsonl, junit.xml and report.md here.")]
+Limit = Annotated[float, typer.Option(help="Seconds that a case may take.", min=0.1, max=86400)]
+
 
 def conform(
     backend: Annotated[str, typer.Option(help="Registered backend.")] = "reference",
-    op: Annotated[list[str] | None, typer.Option("-o", "--op", help="Only this op, or family of ops.")] = None,
-    pattern: Annotated[str, typer.Option("-p", "--pattern", help="Only cases whose id contains this.")] = "",
-    mode: Annotated[str | None, typer.Option(help="exact or deployed; default both.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write results.jsonl, junit.xml and report.md here.")] = None,
-    limit: Annotated[float, typer.Option(help="Seconds that a case may take.", min=0.1, max=86400)] = 60.0,
+    op: Op = None,
+    pattern: Pattern = "",
+    mode: Mode = None,
+    out: Out = None,
+    limit: Limit = 60.0,
     show_cases: Annotated[bool, typer.Option("--list", help="List the cases and run none.")] = False,
     mutants: Annotated[
         bool, typer.Option("--mutants", help="Run deliberately wrong backends: is each caught?")
@@ -36,20 +47,16 @@ def conform(
     Exit codes: 0 agrees, 1 disagrees, 2 usage, 3 backend unavailable, 4 a waiver is stale.
     """
     from dsv4_hal.conformance import runner
-    from dsv4_hal.conformance.report import Run, write
+    from dsv4_hal.conformance.report import Run
     from dsv4_hal.conformance.waivers import read_waivers
 
-    if mode not in (None, *runner.MODES):
-        raise ValueError(f"--mode must be exact or deployed, got {mode!r}")
     if mutants:
         if op or pattern or mode or out or show_cases or backend != "reference":
             raise ValueError(
                 "--mutants runs all wrong backends on the cases of their ops; it goes with no other option"
             )
         raise typer.Exit(_mutants())
-    work = runner.jobs(_ops(op or ()), pattern, runner.MODES if mode is None else (mode,))
-    if not work:
-        raise ValueError(f"no case has {pattern!r} in its id; --list shows them all")
+    work = chosen_jobs(op, pattern, mode)
     if show_cases:
         typer.echo("\n".join(dict.fromkeys(job.case for job in work)))
         return
@@ -60,7 +67,7 @@ def conform(
     told: dict[str, str] = {}
     interrupted, waivers = False, []
     try:
-        with _progress(len(work)) as advance:
+        with progress(len(work)) as advance:
             for outcome in runner.conform(backend, work, limit, told):
                 if not outcomes:
                     waivers = read_waivers(Path(told["waivers"]))
@@ -69,8 +76,14 @@ def conform(
     except KeyboardInterrupt:
         interrupted = True
         common.notes.print(f"[yellow]interrupted[/] after {len(outcomes)} of {len(work)} cases")
-    run = Run(backend, dsv4_hal.__version__, outcomes, waivers)
-    _show(run)
+    conclude(Run(backend, dsv4_hal.__version__, outcomes, waivers), out, interrupted)
+
+
+def conclude(run: Run, out: Path | None, interrupted: bool = False) -> None:
+    """Show a run, write its files, and leave with its exit code."""
+    from dsv4_hal.conformance.report import write
+
+    show(run)
     if out is not None:
         write(run, out)
         common.notes.print(f"[dim]written: {escape(str(out))}/results.jsonl, junit.xml, report.md[/]")
@@ -82,7 +95,19 @@ def conform(
         raise typer.Exit(4)
 
 
-def _ops(names: Sequence[str]) -> list[str]:
+def chosen_jobs(op: Sequence[str] | None, pattern: str, mode: str | None) -> list[Job]:
+    """The cases that the options choose. ValueError where they choose none, or name what is not there."""
+    from dsv4_hal.conformance import runner
+
+    if mode not in (None, *runner.MODES):
+        raise ValueError(f"--mode must be exact or deployed, got {mode!r}")
+    work = runner.jobs(chosen_ops(op or ()), pattern, runner.MODES if mode is None else (mode,))
+    if not work:
+        raise ValueError(f"no case has {pattern!r} in its id; conform --list shows them all")
+    return work
+
+
+def chosen_ops(names: Sequence[str]) -> list[str]:
     """Ops named, families as their ops. ValueError names the nearest for one that is not there."""
     for name in names:
         if name not in OPS and name not in FAMILIES:
@@ -91,7 +116,7 @@ def _ops(names: Sequence[str]) -> list[str]:
     return [op for op, spec in OPS.items() if not names or op in names or spec.family in names]
 
 
-def _show(run) -> None:  # type: ignore[no-untyped-def]
+def show(run: Run) -> None:
     from dsv4_hal.conformance.report import rows, share
 
     table = Table()
@@ -117,7 +142,7 @@ def _mutants() -> int:
     from dsv4_hal.conformance.mutants import ENOUGH, hunt, mutants
 
     caught, console = 0, common.console()
-    with _progress(len(mutants())) as advance, torch.inference_mode():
+    with progress(len(mutants())) as advance, torch.inference_mode():
         for mutant in mutants():
             catch = hunt(mutant)
             caught += catch.ok
@@ -135,7 +160,7 @@ def _clear(of_budget: float | None) -> str:
     return "exactly" if of_budget is None or math.isinf(of_budget) else f"at {of_budget:.3g} budgets"
 
 
-class _progress:
+class progress:
     """A bar on standard error, where there is a terminal to see it; `with` gives the function that advances it."""
 
     def __init__(self, total: int) -> None:

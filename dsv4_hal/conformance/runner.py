@@ -97,7 +97,16 @@ def jobs(ops: Sequence[str] = (), pattern: str = "", modes: Iterable[str] = MODE
 def conform(
     backend: str, work: Iterable[Job], limit: float = 60.0, told: dict[str, str] | None = None
 ) -> Iterator[Outcome]:
-    """Every job on a backend: its part in a worker process, the verdict in this one, which never loads the backend.
+    """Every job on a backend: its part in a worker process (see `record`), the verdict in this one, which never loads
+    the backend."""
+    for job, made in record(backend, work, limit, told):
+        yield judge(backend, job, made)
+
+
+def record(
+    backend: str, work: Iterable[Job], limit: float = 60.0, told: dict[str, str] | None = None
+) -> Iterator[tuple[Job, Produced]]:
+    """What a backend makes of every job, in a worker process; nothing is judged.
 
     limit  seconds a case may take in the worker
     told   is given what the backend says of itself: "waivers", the path of a file of waivers beside its module
@@ -121,11 +130,11 @@ def conform(
                 try:
                     made = _receive(here, worker, limit)
                 except (TimeoutError, EOFError) as error:
-                    yield judge(backend, job, _lost(error, time.monotonic() - start, worker.exitcode))
+                    yield job, _lost(error, time.monotonic() - start, worker.exitcode)
                     break
                 finally:
                     done = True
-                yield judge(backend, job, made)
+                yield job, made
         except (BackendError, TimeoutError, EOFError) as error:
             why = {
                 TimeoutError: f"backend {backend} could not be made within {STARTING:g} s",
@@ -134,7 +143,7 @@ def conform(
             if not done:
                 raise BackendError(why) from None
             for job in todo:
-                yield judge(backend, job, Produced("", "", None, "error", f"after an earlier case was lost: {why}"))
+                yield job, Produced("", "", None, "error", f"after an earlier case was lost: {why}")
             todo = []
         finally:
             _end(worker)

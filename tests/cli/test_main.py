@@ -13,7 +13,7 @@ import dsv4_hal
 from dsv4_hal.cli import app
 
 Tool = Callable[..., Any]
-VERBS = ("backends", "explain", "env", "info", "init", "generate", "chat", "conform")
+VERBS = ("backends", "explain", "env", "info", "init", "generate", "chat", "conform", "record", "compare")
 
 
 def test_version(tool: Tool) -> None:

@@ -1,0 +1,67 @@
+"""`dsv4-hal record` and `dsv4-hal compare`: a run on one machine, its verdicts on another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.markup import escape
+
+import dsv4_hal
+from dsv4_hal.cli import common
+from dsv4_hal.cli.conform import Limit, Mode, Op, Out, Pattern, chosen_jobs, conclude, progress
+
+
+def record(
+    out: Annotated[Path, typer.Option(help="The bundle to write; must not exist.", metavar="BUNDLE")],
+    backend: Annotated[str, typer.Option(help="Registered backend.")] = "reference",
+    op: Op = None,
+    pattern: Pattern = "",
+    mode: Mode = None,
+    limit: Limit = 60.0,
+) -> None:
+    """Run the cases of the contract on a backend and keep what it makes of them, to be compared on another machine."""
+    from dsv4_hal.conformance import runner
+    from dsv4_hal.conformance.bundle import write_bundle
+    from dsv4_hal.conformance.waivers import read_waivers
+
+    if out.exists():
+        raise FileExistsError(f"{out} exists, and a bundle is not written over it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = chosen_jobs(op, pattern, mode)
+    told: dict[str, str] = {}
+    made = []
+    with progress(len(work)) as advance:
+        for job, produced in runner.record(backend, work, limit, told):
+            made.append((job, produced))
+            advance()
+    write_bundle(out, backend, dsv4_hal.__version__, made, read_waivers(Path(told["waivers"])))
+    lost = sum(produced.results is None for _, produced in made)
+    size = out.stat().st_size / 1e6
+    typer.echo(f"{out}: {len(made)} cases of {backend}, {lost} without results, {size:.1f} MB")
+
+
+def compare(
+    against: Annotated[Path, typer.Option(help="A bundle that `record` wrote.", metavar="BUNDLE")], out: Out = None
+) -> None:
+    """Compare a recorded run with the reference of this machine: the verdicts are those of `conform` there.
+
+    Exit codes: 0 agrees, 1 disagrees, 2 usage or a bundle that cannot be read, 4 a waiver is stale.
+    """
+    from dsv4_hal.conformance.bundle import read_bundle
+    from dsv4_hal.conformance.report import Run
+    from dsv4_hal.conformance.runner import judge
+
+    bundle = read_bundle(against)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    with progress(len(bundle.made)) as advance, torch.inference_mode():
+        for job, produced in bundle.made:
+            outcomes.append(judge(bundle.backend, job, produced))
+            advance()
+    recorded = {key: bundle.header[key] for key in ("dsv4_hal", "torch", "python", "machine")}
+    common.notes.print(escape("recorded with " + ", ".join(f"{key} {value}" for key, value in recorded.items())))
+    conclude(Run(bundle.backend, str(bundle.header["dsv4_hal"]), outcomes, bundle.waivers), out)

@@ -1,0 +1,161 @@
+"""A run in a file: what a backend made of every case, to be judged on a machine that it never met.
+
+A bundle is one safetensors file. Its tensors are the bytes of the results ("case@mode/result"), its metadata a JSON
+header: the backend, versions, the machine, how each op ran, dtype, shape and strides of every result, and what went
+wrong where there are none. Inputs are not stored: they follow from the case's id, and a fingerprint shows that this
+machine draws the same. A bundle is judged by the code that judges a live run, so the verdicts are the same.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dsv4_hal.conformance.runner import Job, Produced
+from dsv4_hal.conformance.transport import Packed
+from dsv4_hal.conformance.waivers import Waiver
+from dsv4_hal.ops import OPS
+
+FORMAT = "1"
+
+
+class BundleError(ValueError):
+    """A file that is no bundle, is damaged, or was made of other cases than are here; the message says which."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A recorded run.
+
+    header   what the file says of the run
+    made     the jobs in order, and what became of each
+    waivers  those that lay beside the backend
+    """
+
+    backend: str
+    header: Mapping[str, Any]
+    made: tuple[tuple[Job, Produced], ...]
+    waivers: tuple[Waiver, ...]
+
+
+def write_bundle(
+    path: Path, backend: str, version: str, made: Iterable[tuple[Job, Produced]], waivers: Iterable[Waiver] = ()
+) -> None:
+    """Write what a backend made. The file appears whole or not at all; FileExistsError if there is one already."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists, and a bundle is not written over it")
+    tensors, cases = {}, []
+    for job, produced in made:
+        results = {}
+        for name, packed in (produced.results or {}).items():
+            tensors[f"{job.id}/{name}"] = torch.tensor(np.frombuffer(packed.data, np.uint8))
+            kind = str(packed.dtype).removeprefix("torch.")
+            results[name] = {"dtype": kind, "shape": packed.shape, "strides": packed.strides, "device": packed.device}
+        about = asdict(job) | {
+            field: getattr(produced, field) for field in ("runs_as", "device", "verdict", "message", "seconds")
+        }
+        cases.append(about | {"results": None if produced.results is None else results})
+    header = {
+        "format": FORMAT,
+        "backend": backend,
+        "dsv4_hal": version,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "contract": contract(),
+        "inputs": inputs(),
+        "waivers": [asdict(waiver) | {"date": waiver.date.isoformat()} for waiver in waivers],
+        "cases": cases,
+    }
+    text = json.dumps(header)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        save_file(tensors, partial, {"dsv4_hal": text, "sum": checksum(text, tensors)})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_bundle(path: Path) -> Bundle:
+    """A bundle that this version can judge. BundleError names the file and why it cannot be."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise BundleError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path}: damaged, or no bundle: {error}") from error
+    if "dsv4_hal" not in metadata:
+        raise BundleError(f"{path}: a safetensors file, but no bundle")
+    if checksum(metadata["dsv4_hal"], tensors) != metadata.get("sum"):
+        raise BundleError(f"{path}: damaged: its checksum does not fit its contents")
+    header = json.loads(metadata["dsv4_hal"])
+    if header["format"] != FORMAT:
+        raise BundleError(f"{path}: of format {header['format']}; this version reads format {FORMAT}")
+    if header["contract"] != contract():
+        raise BundleError(f"{path}: made by dsv4-hal {header['dsv4_hal']}, whose cases are others than those here")
+    if header["inputs"] != inputs():
+        raise BundleError(f"{path}: torch {header['torch']} drew other inputs there than {torch.__version__} does here")
+    waivers = (Waiver(**{**w, "date": datetime.date.fromisoformat(w["date"])}) for w in header["waivers"])
+    return Bundle(header["backend"], header, tuple(_made(header["cases"], tensors)), tuple(waivers))
+
+
+def _made(cases: Iterable[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[Job, Produced]]:
+    for case in cases:
+        job = Job(case["op"], case["case"], case["mode"])
+        results = None
+        if case["results"] is not None:
+            results = {
+                name: Packed(
+                    tensors[f"{job.id}/{name}"].numpy().tobytes(),
+                    getattr(torch, about["dtype"]),
+                    tuple(about["shape"]),
+                    tuple(about["strides"]),
+                    about["device"],
+                )
+                for name, about in case["results"].items()
+            }
+        yield (
+            job,
+            Produced(case["runs_as"], case["device"], results, case["verdict"], case["message"], case["seconds"]),
+        )
+
+
+def checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Of the header and of every byte of the results."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].numel()} ".encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def contract() -> str:
+    """A fingerprint of the ops and their cases: a bundle is judged by the cases it was made of."""
+    names = [case.id for spec in OPS.values() for case in spec.cases()]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def inputs() -> str:
+    """A fingerprint of what this machine's generator draws."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = (
+        torch.randn(1000, generator=generator),
+        torch.rand(1000, generator=generator),
+        torch.randint(1 << 31, (1000,), generator=generator),
+        torch.randperm(1000, generator=generator),
+    )
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in drawn)).hexdigest()
