@@ -151,13 +151,9 @@ def remarks(ops: Resolved) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
     for r in ops.resolutions:
         for backend, reason in r.rejected:
-            reasons.setdefault(f"run as {r.runs_as} ({backend}: {reason})", []).append(r.op)
+            reasons.setdefault(f"as {r.runs_as} ({backend}: {reason})", []).append(r.op)
     for reason, names in reasons.items():
-        yield (
-            f"{len(names)} ops {reason}: {', '.join(names)}"
-            if len(names) > 1
-            else f"{names[0]} {reason}".replace(" run as", " runs as", 1)
-        )
+        yield f"{names[0]} runs {reason}" if len(names) == 1 else f"{len(names)} ops run {reason}: {', '.join(names)}"
     if ops.primary.name != FALLBACK:
         yield f"{ops.primary.name}: {kinds(ops)}"
 

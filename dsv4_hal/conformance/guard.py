@@ -49,11 +49,9 @@ def _watched(
         for name, look, was in before:
             if look() != was:
                 raise Misconduct(f"{op} {name}")
-        own = {t.untyped_storage().data_ptr() for value in given.values() for t in _tensors(value)}
-        new = [t for t in _tensors(result) if t.numel() and t.untyped_storage().data_ptr() not in own]
-        if {t.untyped_storage().data_ptr() for t in new} & {
-            t.untyped_storage().data_ptr() for t in earlier.get(op, [])
-        }:
+        own = {_memory(t) for value in given.values() for t in _tensors(value)}
+        new = [t for t in _tensors(result) if t.numel() and _memory(t) not in own]
+        if {_memory(t) for t in new} & {_memory(t) for t in earlier.get(op, [])}:
             raise Misconduct(f"{op} returned the memory of an earlier result")
         earlier[op] = new  # kept, so that nobody else can be given this memory
         return result
@@ -104,6 +102,7 @@ def _tensors(value: Any, planning: bool = False) -> Iterator[Tensor]:
 
 
 def _memory(t: Tensor) -> int:
+    """Where the storage of `t` begins: the same for all its views."""
     return t.untyped_storage().data_ptr()
 
 
