@@ -6,7 +6,8 @@ declares the one it computes in, and the reference computes the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -39,6 +40,16 @@ class Numerics:
     kv: Format | None = None
     index: Format | None = None
     hadamard: bool = False
+
+    def to_dict(self) -> dict[str, str | bool | None]:
+        """As text: dtypes and formats by their names."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+
+def _plain(value: Any) -> str | bool | None:
+    if isinstance(value, Format):
+        return value.name
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def exact(dtype: torch.dtype = torch.float32) -> Numerics:

@@ -38,9 +38,11 @@ class BackendInfo:
     automatic: bool = False
 
 
-def list_backends() -> list[BackendInfo]:
-    """Every registered backend and whether this machine can run it. A broken one is listed with what broke."""
-    return [_info(name, entries) for name, entries in sorted(_registered().items())]
+def list_backends(names: Sequence[str] | None = None) -> list[BackendInfo]:
+    """Every registered backend, or those named, and whether this machine can run it. A broken one is listed with what
+    broke."""
+    found = sorted(_registered().items())
+    return [_info(name, entries) for name, entries in found if names is None or name in names]
 
 
 def backend_class(name: str) -> type[Backend]:

@@ -14,7 +14,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-import dsv4_hal
 from dsv4_hal.cli import common
 from dsv4_hal.ops import FAMILIES, OPS
 
@@ -64,19 +63,18 @@ def conform(
         out.mkdir(parents=True, exist_ok=True)  # what can be wrong is found before the cases run
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the worker has the other half
     outcomes: list[runner.Outcome] = []
-    told: dict[str, str] = {}
-    interrupted, waivers = False, []
-    try:
-        with progress(len(work)) as advance:
-            for outcome in runner.conform(backend, work, limit, told):
-                if not outcomes:
-                    waivers = read_waivers(Path(told["waivers"]))
-                outcomes.append(outcome)
-                advance()
-    except KeyboardInterrupt:
-        interrupted = True
-        common.notes.print(f"[yellow]interrupted[/] after {len(outcomes)} of {len(work)} cases")
-    conclude(Run(backend, dsv4_hal.__version__, outcomes, waivers), out, interrupted)
+    interrupted = False
+    with runner.Worker(backend, runner.modes(work)) as worker:
+        waivers = read_waivers(Path(worker.about.waivers))
+        try:
+            with progress(len(work)) as advance:
+                for job, made in worker.map(work, limit):
+                    outcomes.append(runner.judge(backend, job, made))
+                    advance()
+        except KeyboardInterrupt:
+            interrupted = True
+            common.notes.print(f"[yellow]interrupted[/] after {len(outcomes)} of {len(work)} cases")
+    conclude(Run(backend, outcomes, worker.about, waivers), out, interrupted)
 
 
 def conclude(run: Run, out: Path | None, interrupted: bool = False) -> None:

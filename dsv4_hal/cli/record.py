@@ -9,7 +9,6 @@ import torch
 import typer
 from rich.markup import escape
 
-import dsv4_hal
 from dsv4_hal.cli import common
 from dsv4_hal.cli.conform import Limit, Mode, Op, Out, Pattern, chosen_jobs, conclude, progress
 
@@ -31,13 +30,13 @@ def record(
         raise FileExistsError(f"{out} exists, and a bundle is not written over it")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = chosen_jobs(op, pattern, mode)
-    told: dict[str, str] = {}
     made = []
-    with progress(len(work)) as advance:
-        for job, produced in runner.record(backend, work, limit, told):
+    with runner.Worker(backend, runner.modes(work)) as worker, progress(len(work)) as advance:
+        waivers = read_waivers(Path(worker.about.waivers))
+        for job, produced in worker.map(work, limit):
             made.append((job, produced))
             advance()
-    write_bundle(out, backend, dsv4_hal.__version__, made, read_waivers(Path(told["waivers"])))
+    write_bundle(out, backend, worker.about, made, waivers)
     lost = sum(produced.results is None for _, produced in made)
     size = out.stat().st_size / 1e6
     typer.echo(f"{out}: {len(made)} cases of {backend}, {lost} without results, {size:.1f} MB")
@@ -62,6 +61,8 @@ def compare(
         for job, produced in bundle.made:
             outcomes.append(judge(bundle.backend, job, produced))
             advance()
-    recorded = {key: bundle.header[key] for key in ("dsv4_hal", "torch", "python", "machine")}
-    common.notes.print(escape("recorded with " + ", ".join(f"{key} {value}" for key, value in recorded.items())))
-    conclude(Run(bundle.backend, str(bundle.header["dsv4_hal"]), outcomes, bundle.waivers), out)
+    where = bundle.about.environment
+    versions = {**where["program"], **where["machine"], "torch": where["packages"].get("torch", "unknown")}
+    recorded = ", ".join(f"{key} {versions[key]}" for key in ("dsv4-hal", "torch", "python", "system"))
+    common.notes.print(escape(f"recorded with {recorded}"))
+    conclude(Run(bundle.backend, outcomes, bundle.about, bundle.waivers), out)

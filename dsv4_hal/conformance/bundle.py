@@ -1,9 +1,10 @@
 """A run in a file: what a backend made of every case, to be judged on a machine that it never met.
 
 A bundle is one safetensors file. Its tensors are the bytes of the results ("case@mode/result"), its metadata a JSON
-header: the backend, versions, the machine, how each op ran, dtype, shape and strides of every result, and what went
-wrong where there are none. Inputs are not stored: they follow from the case's id, and a fingerprint shows that this
-machine draws the same. A bundle is judged by the code that judges a live run, so the verdicts are the same.
+header: the backend, its numeric profiles, versions and machine; how each op ran; dtype, shape and strides of every
+result, or what went wrong where there is none. Inputs are not stored: they follow from the case's id, and a fingerprint
+shows that this machine draws the same. A bundle is judged by the code that judges a live run, so the verdicts are the
+same.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import datetime
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dsv4_hal.conformance.runner import Job, Produced
+from dsv4_hal.conformance.runner import About, Job, Produced
 from dsv4_hal.conformance.transport import Packed
 from dsv4_hal.conformance.waivers import Waiver
 from dsv4_hal.ops import OPS
 
-FORMAT = "1"
+FORMAT = "2"
 
 
 class BundleError(ValueError):
@@ -39,19 +39,19 @@ class BundleError(ValueError):
 class Bundle:
     """A recorded run.
 
-    header   what the file says of the run
+    about    what the backend said of itself
     made     the jobs in order, and what became of each
     waivers  those that lay beside the backend
     """
 
     backend: str
-    header: Mapping[str, Any]
+    about: About
     made: tuple[tuple[Job, Produced], ...]
     waivers: tuple[Waiver, ...]
 
 
 def write_bundle(
-    path: Path, backend: str, version: str, made: Iterable[tuple[Job, Produced]], waivers: Iterable[Waiver] = ()
+    path: Path, backend: str, about: About, made: Iterable[tuple[Job, Produced]], waivers: Iterable[Waiver] = ()
 ) -> None:
     """Write what a backend made. The file appears whole or not at all; FileExistsError if there is one already."""
     if path.exists():
@@ -63,17 +63,15 @@ def write_bundle(
             tensors[f"{job.id}/{name}"] = torch.tensor(np.frombuffer(packed.data, np.uint8))
             kind = str(packed.dtype).removeprefix("torch.")
             results[name] = {"dtype": kind, "shape": packed.shape, "strides": packed.strides, "device": packed.device}
-        about = asdict(job) | {
+        told = asdict(job) | {
             field: getattr(produced, field) for field in ("runs_as", "device", "verdict", "message", "seconds")
         }
-        cases.append(about | {"results": None if produced.results is None else results})
+        cases.append(told | {"results": None if produced.results is None else results})
     header = {
         "format": FORMAT,
         "backend": backend,
-        "dsv4_hal": version,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.platform(),
+        "profiles": about.profiles,
+        "environment": about.environment,
         "contract": contract(),
         "inputs": inputs(),
         "waivers": [asdict(waiver) | {"date": waiver.date.isoformat()} for waiver in waivers],
@@ -105,12 +103,14 @@ def read_bundle(path: Path) -> Bundle:
     header = json.loads(metadata["dsv4_hal"])
     if header["format"] != FORMAT:
         raise BundleError(f"{path}: of format {header['format']}; this version reads format {FORMAT}")
+    by = header["environment"]["packages"] | header["environment"]["program"]
     if header["contract"] != contract():
-        raise BundleError(f"{path}: made by dsv4-hal {header['dsv4_hal']}, whose cases are others than those here")
+        raise BundleError(f"{path}: made by dsv4-hal {by['dsv4-hal']}, whose cases are others than those here")
     if header["inputs"] != inputs():
-        raise BundleError(f"{path}: torch {header['torch']} drew other inputs there than {torch.__version__} does here")
+        raise BundleError(f"{path}: torch {by['torch']} drew other inputs there than {torch.__version__} does here")
     waivers = (Waiver(**{**w, "date": datetime.date.fromisoformat(w["date"])}) for w in header["waivers"])
-    return Bundle(header["backend"], header, tuple(_made(header["cases"], tensors)), tuple(waivers))
+    about = About("", header["profiles"], header["environment"])
+    return Bundle(header["backend"], about, tuple(_made(header["cases"], tensors)), tuple(waivers))
 
 
 def _made(cases: Iterable[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[Job, Produced]]:

@@ -1,6 +1,6 @@
 """What a conformance run says: `results.jsonl` is the truth, the others are views of it.
 
-results.jsonl  first the run (backend, versions, counts), then an outcome a line
+results.jsonl  first the run (backend, numeric profiles, where it ran and where it was judged), then an outcome a line
 junit.xml      a test case per outcome, for a CI that shows them
 report.md      the headline, a row per op, and every failure
 """
@@ -8,7 +8,6 @@ report.md      the headline, a row per op, and every failure
 from __future__ import annotations
 
 import json
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,20 +15,20 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import torch
-
-from dsv4_hal.conformance.runner import Outcome
+from dsv4_hal.conformance.runner import About, Outcome
 from dsv4_hal.conformance.waivers import Waiver, stale
+from dsv4_hal.environment import environment
 from dsv4_hal.ops import OPS
+from dsv4_hal.registry import FALLBACK
 
 
 @dataclass(frozen=True)
 class Run:
-    """Outcomes of one backend, in the order they came."""
+    """Outcomes of one backend, in the order they came; what it says of itself, and the waivers that lie beside it."""
 
     backend: str
-    version: str
     outcomes: Sequence[Outcome]
+    about: About
     waivers: Sequence[Waiver] = ()
 
     @property
@@ -99,12 +98,11 @@ def write(run: Run, directory: Path) -> None:
 def jsonl(run: Run) -> str:
     head = {
         "run": run.backend,
-        "dsv4_hal": run.version,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.platform(),
         "headline": run.headline,
         "ops": run.runs_as,
+        "profiles": run.about.profiles,
+        "environment": run.about.environment,
+        "judged": environment([FALLBACK]),
     }
     lines = [head, *({**o.to_dict(), "waived": bool(run.waiver(o))} for o in run.outcomes)]
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)

@@ -13,12 +13,14 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -28,12 +30,15 @@ from dsv4_hal.conformance.guard import Misconduct, watch
 from dsv4_hal.conformance.oracle import Naive
 from dsv4_hal.conformance.transport import Packed, pack, unpack
 from dsv4_hal.dispatch import Resolved, resolve, select
+from dsv4_hal.environment import Environment, environment
 from dsv4_hal.numerics import numerics_for
 from dsv4_hal.ops import OPS, Case
 from dsv4_hal.registry import FALLBACK, backend_class
 
 MODES = ("exact", "deployed")
 STARTING = 600.0  # seconds a backend may take to be made
+LIMIT = 60.0  # seconds a case may take
+AHEAD = 8  # cases that the process may be ahead of who judges
 PASSED = ("agrees", "shapes")  # verdicts that are no failure; "shapes": no values to compare, and no agreement claimed
 
 
@@ -87,89 +92,141 @@ class Job:
         return f"{self.case}@{self.mode}"
 
 
+@dataclass(frozen=True)
+class About:
+    """What a backend says of itself.
+
+    waivers      path of a file of waivers beside its module; it need not be there
+    profiles     numeric profile of each mode
+    environment  versions, machine and devices where it runs
+    """
+
+    waivers: str
+    profiles: Mapping[str, Mapping[str, Any]]
+    environment: Environment
+
+
 def jobs(ops: Sequence[str] = (), pattern: str = "", modes: Iterable[str] = MODES) -> list[Job]:
     """The cases of `ops` (default all), in every mode, whose id (with its mode: "case@mode") contains `pattern`."""
-    modes, chosen = tuple(modes), [OPS[op] for op in ops or OPS]
-    every = (Job(spec.name, case.id, mode) for spec in chosen for case in spec.cases() for mode in modes)
+    in_modes, chosen = tuple(modes), [OPS[op] for op in ops or OPS]
+    every = (Job(spec.name, case.id, mode) for spec in chosen for case in spec.cases() for mode in in_modes)
     return [job for job in every if pattern in job.id]
 
 
-def conform(
-    backend: str, work: Iterable[Job], limit: float = 60.0, told: dict[str, str] | None = None
-) -> Iterator[Outcome]:
-    """Every job on a backend: its part in a worker process (see `record`), the verdict in this one, which never loads
-    the backend."""
-    for job, made in record(backend, work, limit, told):
-        yield judge(backend, job, made)
+def modes(work: Iterable[Job]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(job.mode for job in work))
 
 
-def record(
-    backend: str, work: Iterable[Job], limit: float = 60.0, told: dict[str, str] | None = None
-) -> Iterator[tuple[Job, Produced]]:
-    """What a backend makes of every job, in a worker process; nothing is judged.
+def conform(backend: str, work: Iterable[Job], limit: float = LIMIT) -> Iterator[Outcome]:
+    """Every job on a backend: its part in a worker process, the verdict in this one, which never loads the backend."""
+    work = list(work)
+    with Worker(backend, modes(work)) as worker:
+        for job, made in worker.map(work, limit):
+            yield judge(backend, job, made)
 
-    limit  seconds a case may take in the worker
-    told   is given what the backend says of itself: "waivers", the path of a file of waivers beside its module
-    BackendError where the backend cannot be used at all; where it is lost later, the cases that remain are errors.
+
+class Worker:
+    """A process that runs a backend's cases, and another one whenever it is lost.
+
+        with Worker("mychip") as worker:
+            for job, made in worker.map(jobs()):
+                outcome = judge("mychip", job, made)
+
+    about  what the backend says of itself, see `About`
+    BackendError where the backend cannot be used at all.
     """
-    todo, done = list(work), False
-    context = multiprocessing.get_context("spawn")
-    while todo:
-        here, there = context.Pipe()
-        worker = context.Process(target=_work, args=(there, backend, todo))
-        worker.start()
+
+    about: About
+
+    def __init__(self, backend: str, modes: Iterable[str] = MODES) -> None:
+        self.backend, self.modes = backend, tuple(modes)
+        self.about = self._start()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+
+    def produce(self, job: Job, limit: float = LIMIT) -> Produced:
+        """What the backend makes of one case."""
+        return next(self.map([job], limit))[1]
+
+    def map(self, work: Iterable[Job], limit: float = LIMIT) -> Iterator[tuple[Job, Produced]]:
+        """What the backend makes of every job, in order; the process is some cases ahead of the caller.
+
+        limit  seconds a case may take
+        A case that hangs or kills the process is that case's result, and the rest go on in a new process; where the
+        backend cannot be made again, they are errors.
+        """
+        todo, ahead = iter(work), deque[Job]()
+        while True:
+            for job in islice(todo, AHEAD - len(ahead)):
+                ahead.append(job)
+                self._send(job)
+            if not ahead:
+                return
+            job, start = ahead.popleft(), time.monotonic()
+            try:
+                made = self._receive(limit)
+            except (TimeoutError, EOFError) as error:
+                yield job, _lost(error, time.monotonic() - start, self._process.exitcode)
+                self._end()
+                try:
+                    self._start()
+                except BackendError as gone:
+                    for job in chain(ahead, todo):
+                        yield job, Produced("", "", None, "error", f"after an earlier case was lost: {gone}")
+                    return
+                for job in ahead:
+                    self._send(job)
+            else:
+                yield job, made
+
+    def _start(self) -> About:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=_work, args=(there, self.backend, self.modes))
+        self._process.start()
         there.close()
         try:
-            about = _receive(here, worker, STARTING)
-            if isinstance(about, str):
-                raise BackendError(about)
-            (told if told is not None else {}).update(about)
-            while todo:
-                job = todo.pop(0)
-                start = time.monotonic()
-                try:
-                    made = _receive(here, worker, limit)
-                except (TimeoutError, EOFError) as error:
-                    yield job, _lost(error, time.monotonic() - start, worker.exitcode)
-                    break
-                finally:
-                    done = True
-                yield job, made
-        except (BackendError, TimeoutError, EOFError) as error:
-            why = {
-                TimeoutError: f"backend {backend} could not be made within {STARTING:g} s",
-                EOFError: f"backend {backend} killed its process (exit code {worker.exitcode})",
-            }.get(type(error), str(error))
-            if not done:
-                raise BackendError(why) from None
-            for job in todo:
-                yield job, Produced("", "", None, "error", f"after an earlier case was lost: {why}")
-            todo = []
-        finally:
-            _end(worker)
-            here.close()
+            about = self._receive(STARTING)
+        except TimeoutError:
+            self._end()
+            raise BackendError(f"backend {self.backend} could not be made within {STARTING:g} s") from None
+        except EOFError:
+            code = self._process.exitcode
+            self._end()
+            raise BackendError(f"backend {self.backend} killed its process (exit code {code})") from None
+        if isinstance(about, str):
+            self._end()
+            raise BackendError(about)
+        return cast(About, about)
 
+    def _send(self, job: Job) -> None:
+        with contextlib.suppress(OSError):  # a process that is gone is found where its result is waited for
+            self._pipe.send(job)
 
-def _receive(here: Connection, worker: Any, seconds: float) -> Any:
-    """What the worker sends next. TimeoutError if it takes too long, EOFError if the worker is gone."""
-    ready = wait([here, worker.sentinel], seconds)
-    if not ready:
-        raise TimeoutError
-    if here in ready or here.poll():
-        try:
-            return here.recv()
-        except (EOFError, ConnectionResetError):
-            pass
-    worker.join()
-    raise EOFError
+    def _receive(self, seconds: float) -> Any:
+        """What the process sends next. TimeoutError if it takes too long, EOFError if the process is gone."""
+        ready = wait([self._pipe, self._process.sentinel], seconds)
+        if not ready:
+            raise TimeoutError
+        if self._pipe in ready or self._pipe.poll():
+            try:
+                return self._pipe.recv()
+            except (EOFError, ConnectionResetError):
+                pass
+        self._process.join()
+        raise EOFError
 
-
-def _end(worker: Any) -> None:
-    """The worker and whatever it has started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(worker.pid, signal.SIGKILL)
-    worker.kill()
-    worker.join()
+    def _end(self) -> None:
+        """The process, and whatever it has started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(cast(int, self._process.pid), signal.SIGKILL)
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
 
 
 def _lost(error: Exception, seconds: float, code: int | None) -> Produced:
@@ -178,23 +235,25 @@ def _lost(error: Exception, seconds: float, code: int | None) -> Produced:
     return Produced("", "", None, "timeout" if hung else "crash", message, round(seconds, 3))
 
 
-def _work(there: Connection, backend: str, todo: Sequence[Job]) -> None:
-    """The worker: what the backend says of itself, or why it cannot be made; then what it makes of every job."""
+def _work(there: Connection, backend: str, modes: Sequence[str]) -> None:
+    """The process: what the backend says of itself, or why it cannot be made; then what it makes of every job."""
     with contextlib.suppress(OSError):
         os.setsid()  # so that what it starts can be ended with it
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the process that judges needs the other half
     try:
         cls = backend_class(backend)
-        for mode in dict.fromkeys(job.mode for job in todo):
+        profiles = {}
+        for mode in modes:
             select([backend], numerics_for(mode))
-            _candidate(cls, mode)
+            profiles[mode] = _candidate(cls, mode).numerics.to_dict()
     except BackendError as error:
         there.send(str(error))
         return
-    there.send({"waivers": str(Path(inspect.getfile(cls)).parent / "waivers.yaml")})
-    with torch.inference_mode():
-        for job in todo:
-            there.send(produce(cls, job))
+    waivers = Path(inspect.getfile(cls)).parent / "waivers.yaml"
+    there.send(About(str(waivers), profiles, environment([backend])))
+    with torch.inference_mode(), contextlib.suppress(EOFError):
+        while True:
+            there.send(produce(cls, there.recv()))
 
 
 @cache

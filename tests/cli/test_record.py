@@ -52,7 +52,7 @@ def test_a_moved_bundle_gives_the_verdicts_of_a_live_run_to_the_bit(tool: Tool, 
     done = tool("compare", "--against", tmp_path / "else where" / "b", "--out", tmp_path / "moved")
     assert lines(tmp_path / "moved") == lines(tmp_path / "live")
     assert (done.code, done.out) == (live.code, live.out)
-    assert "recorded with dsv4_hal" in done.err
+    assert "recorded with dsv4-hal" in done.err
     assert live.code == (1 if backend == "third" else 0)
 
 
@@ -105,6 +105,6 @@ def test_bundles_that_cannot_be_judged(tool: Tool, bundle: Path, monkeypatch: py
         patch.setattr("dsv4_hal.conformance.bundle.inputs", lambda: "other")
         assert "drew other inputs there" in refused(bundle)
     with monkeypatch.context() as patch:
-        patch.setattr("dsv4_hal.conformance.bundle.FORMAT", "2")
-        assert "of format 1; this version reads format 2" in refused(bundle)
+        patch.setattr("dsv4_hal.conformance.bundle.FORMAT", "3")
+        assert "of format 2; this version reads format 3" in refused(bundle)
     assert tool("compare", "--against", bundle).code == 0

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from dsv4_hal.conformance.report import Run, write
-from dsv4_hal.conformance.runner import Outcome
+from dsv4_hal.conformance.runner import About, Outcome
 from dsv4_hal.conformance.waivers import Waiver, read_waivers
 
 DAY = datetime.date(2026, 11, 25)
@@ -19,18 +19,19 @@ FIRST, SECOND = (f"linear[format=bf16,tokens={n},inputs=256,outputs=384]" for n 
 GOOD = Outcome("chip", "linear", FIRST, "exact", "native", "agrees", of_budget=0.25)
 BAD = Outcome("chip", "linear", SECOND, "exact", "native", "disagrees", "y: \x1b too far", float("inf"))
 LOST = Outcome("chip", "rope", "rope[a=1]", "deployed", "reference", "timeout", "no result after 3 s")
+ABOUT = About("", {"exact": {"storage": "float32"}}, {"machine": {"system": "a chip"}})
 KINDS = {"linear": "native", "rope": "reference"}
 
 
 def a_run(*waivers: Waiver, outcomes: tuple[Outcome, ...] = (GOOD, BAD, LOST)) -> Run:
-    return Run("chip", "0.1.0", outcomes, waivers)
+    return Run("chip", outcomes, ABOUT, waivers)
 
 
 def test_the_headline_says_first_what_is_the_backends_own() -> None:
     assert a_run().headline == "chip: 1 native op of the 2 that ran; 3 cases: 1 agrees, 1 disagrees, 1 timeout"
-    assert Run("chip", "0.1.0", [LOST]).headline.startswith("chip: 0 native ops of the 1 that ran; 1 cases")
+    assert Run("chip", [LOST], ABOUT).headline.startswith("chip: 0 native ops of the 1 that ran; 1 cases")
     mixed = [GOOD, replace(GOOD, mode="deployed", runs_as="reference")]
-    assert Run("chip", "0.1.0", mixed).runs_as == {"linear": "native / reference"}
+    assert Run("chip", mixed, ABOUT).runs_as == {"linear": "native / reference"}
 
 
 def test_waivers_cover_failures_and_grow_stale() -> None:
@@ -53,7 +54,8 @@ def test_waivers_cover_failures_and_grow_stale() -> None:
 def test_files(tmp_path: Path) -> None:
     write(a_run(Waiver("rope[", "slow driver", DAY)), tmp_path / "new" / "folder")
     head, *lines = [json.loads(line) for line in (tmp_path / "new/folder/results.jsonl").read_text().splitlines()]
-    assert head["run"] == "chip" and head["ops"] == KINDS and head["torch"]
+    assert head["run"] == "chip" and head["ops"] == KINDS and head["environment"]["machine"] == {"system": "a chip"}
+    assert head["judged"]["packages"]["torch"] and head["profiles"]["exact"]["storage"] == "float32"
     assert [(line["verdict"], line["waived"]) for line in lines] == [
         ("agrees", False), ("disagrees", False), ("timeout", True),
     ]  # fmt: skip
