@@ -92,12 +92,14 @@ class Indexer:
             cache.keys,
             rotate=rotate,
         )
-        if f"{self.name}index_picks" in step.trace.replay:
-            return step.trace.replay[f"{self.name}index_picks"]
+        replayed = step.trace.replay.get(f"{self.name}index_picks")
+        if replayed is not None and not step.trace.record:
+            return replayed
         q = ops.rope(ops.linear(low, self.wq_b).view(len(x), heads, dim), ropes[self.rope, 1])
         weights = ops.linear(x, self.weights_proj) * (dim**-0.5 * heads**-0.5)
         q = ops.hadamard(q) if rotate else q
         picks, scores = ops.index_topk(q, weights, keys, batch, cfg.index_topk, with_scores=step.trace.record)
         if scores is not None:
             step.trace.see(f"{self.name}index_scores", scores)
-        return step.trace.see(f"{self.name}index_picks", picks)
+        step.trace.see(f"{self.name}index_picks", picks)
+        return picks if replayed is None else replayed

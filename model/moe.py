@@ -27,12 +27,14 @@ class MoE:
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         ops, cfg = self.ops, self.cfg
         step.trace.see(f"{self.name}.in", x)
-        picks = step.trace.replay.get(f"{self.name}.experts")
-        if picks is None and self.hash is not None:
-            picks = self.hash[step.tokens]
+        picks = None if self.hash is None else self.hash[step.tokens]
+        replayed = step.trace.replay.get(f"{self.name}.experts")
         logits = ops.linear(x, self.gate, ops.numerics.accumulate)
-        ids, weights = ops.route(logits, cfg.num_experts_per_tok, cfg.routed_scaling_factor, self.bias, picks)
-        step.trace.see(f"{self.name}.experts", ids)
+        if replayed is None or step.trace.record:
+            ids, weights = ops.route(logits, cfg.num_experts_per_tok, cfg.routed_scaling_factor, self.bias, picks)
+            step.trace.see(f"{self.name}.experts", ids)
+        if replayed is not None:
+            ids, weights = ops.route(logits, cfg.num_experts_per_tok, cfg.routed_scaling_factor, self.bias, replayed)
         routed = ops.moe_experts(x, ids, weights, self.w13, self.w2, cfg.swiglu_limit)
         shared = ops.mlp(x, self.shared_w13, self.shared_w2, self.shared_limit)
         return step.trace.see(f"{self.name}.out", (routed + shared).to(x.dtype))

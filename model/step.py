@@ -15,9 +15,10 @@ from dsv4_hal.model.cache import Cache, LayerCache
 class Trace:
     """Values seen on the way, by name, and choices to repeat.
 
-    record  keep every named value in `seen`: layers.i.attn.{in, out, index_picks, index_scores}, layers.i.ffn.{in, out,
-            experts}, and the same under mtp.0
-    replay  name -> experts [T, k] or index_picks [T, k] to use instead of the model's own choice
+    record  keep every named value in `seen`: layers.i.in and head.in (residual streams), layers.i.attn.{in, out,
+            index_picks, index_scores}, layers.i.ffn.{in, out, experts}, and the last two under mtp.0
+    replay  name -> experts [T, k] or index_picks [T, k] to use instead of the model's own choice; the own choice is
+            still made and seen where `record` is set
     """
 
     record: bool = False

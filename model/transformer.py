@@ -145,9 +145,9 @@ class Model:
         """Residual streams [T, n, d] after the last layer."""
         x = self.ops.embedding(step.tokens, self.embed)
         streams = x[:, None].repeat(1, self.cfg.hc_mult, 1)
-        for layer in self.layers:
-            streams = layer(streams, step)
-        return streams
+        for i, layer in enumerate(self.layers):
+            streams = layer(step.trace.see(f"layers.{i}.in", streams), step)
+        return step.trace.see("head.in", streams)
 
     def plan(self, batch: Batch) -> Batch:
         """Make the batch's plan for this model; `step` does so by itself."""

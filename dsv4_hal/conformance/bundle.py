@@ -1,8 +1,8 @@
 """A run in a file: what a backend made of every case, to be judged on a machine that it never met.
 
-A bundle is one safetensors file. Its tensors are the bytes of the results ("case@mode/result"), its metadata a JSON
-header: the backend, its numeric profiles, versions and machine; how each op ran; dtype, shape and strides of every
-result, or what went wrong where there is none. Inputs are not stored: they follow from the case's id, and a fingerprint
+A bundle is one file (see `container.py`). Its tensors are the bytes of the results ("case@mode/result"). Its header
+names the backend, its numeric profiles, versions and machine; how each op ran; and of every result dtype, shape and
+strides, or what went wrong where there is none. Inputs are not stored: they follow from the case's id, and a fingerprint
 shows that this machine draws the same. A bundle is judged by the code that judges a live run, so the verdicts are the
 same.
 """
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,19 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from dsv4_hal.conformance import container
+from dsv4_hal.conformance.container import BundleError
 from dsv4_hal.conformance.runner import About, Job, Produced
 from dsv4_hal.conformance.transport import Packed
 from dsv4_hal.conformance.waivers import Waiver
 from dsv4_hal.ops import OPS
-
-FORMAT = "2"
-
-
-class BundleError(ValueError):
-    """A file that is no bundle, is damaged, or was made of other cases than are here; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +46,7 @@ def write_bundle(
     path: Path, backend: str, about: About, made: Iterable[tuple[Job, Produced]], waivers: Iterable[Waiver] = ()
 ) -> None:
     """Write what a backend made. The file appears whole or not at all; FileExistsError if there is one already."""
-    if path.exists():
-        raise FileExistsError(f"{path} exists, and a bundle is not written over it")
+    container.refuse_existing(path)
     tensors, cases = {}, []
     for job, produced in made:
         results = {}
@@ -68,7 +59,6 @@ def write_bundle(
         }
         cases.append(told | {"results": None if produced.results is None else results})
     header = {
-        "format": FORMAT,
         "backend": backend,
         "profiles": about.profiles,
         "environment": about.environment,
@@ -77,32 +67,12 @@ def write_bundle(
         "waivers": [asdict(waiver) | {"date": waiver.date.isoformat()} for waiver in waivers],
         "cases": cases,
     }
-    text = json.dumps(header)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        save_file(tensors, partial, {"dsv4_hal": text, "sum": checksum(text, tensors)})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    container.write(path, "ops", header, tensors)
 
 
 def read_bundle(path: Path) -> Bundle:
     """A bundle that this version can judge. BundleError names the file and why it cannot be."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise BundleError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"{path}: damaged, or no bundle: {error}") from error
-    if "dsv4_hal" not in metadata:
-        raise BundleError(f"{path}: a safetensors file, but no bundle")
-    if checksum(metadata["dsv4_hal"], tensors) != metadata.get("sum"):
-        raise BundleError(f"{path}: damaged: its checksum does not fit its contents")
-    header = json.loads(metadata["dsv4_hal"])
-    if header["format"] != FORMAT:
-        raise BundleError(f"{path}: of format {header['format']}; this version reads format {FORMAT}")
+    header, tensors = container.read(path, "ops")
     by = header["environment"]["packages"] | header["environment"]["program"]
     if header["contract"] != contract():
         raise BundleError(f"{path}: made by dsv4-hal {by['dsv4-hal']}, whose cases are others than those here")
@@ -132,15 +102,6 @@ def _made(cases: Iterable[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor
             job,
             Produced(case["runs_as"], case["device"], results, case["verdict"], case["message"], case["seconds"]),
         )
-
-
-def checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Of the header and of every byte of the results."""
-    digest = hashlib.sha256(header.encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].numel()} ".encode())
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
 
 
 def contract() -> str:
