@@ -13,20 +13,22 @@ import typer
 from rich.markup import escape
 
 import dsv4_hal
+from dsv4_hal.cli.bisect import bisect
 from dsv4_hal.cli.chat import chat
 from dsv4_hal.cli.common import notes
+from dsv4_hal.cli.compare import compare
 from dsv4_hal.cli.conform import conform
 from dsv4_hal.cli.environment import env
 from dsv4_hal.cli.generate import generate
 from dsv4_hal.cli.info import info
 from dsv4_hal.cli.init import init
-from dsv4_hal.cli.record import compare, record
+from dsv4_hal.cli.record import record
 from dsv4_hal.cli.selection import backends, explain
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="DeepSeek-V4 on any backend.", pretty_exceptions_enable=False
 )
-for verb in (backends, explain, env, info, init, generate, chat, conform, record, compare):
+for verb in (backends, explain, env, info, init, generate, chat, conform, compare, bisect, record):
     app.command()(verb)
 
 

@@ -1,16 +1,18 @@
-"""`dsv4-hal record` and `dsv4-hal compare`: a run on one machine, its verdicts on another."""
+"""`dsv4-hal record`: what a backend makes of the cases, or of a whole model, kept in a file for another machine."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from rich.markup import escape
 
-from dsv4_hal.cli import common
-from dsv4_hal.cli.conform import Limit, Mode, Op, Out, Pattern, chosen_jobs, conclude, progress
+from dsv4_hal.cli.compare import Chunk, Decode, ModelDir, Prompt, Seed, Tokens, known_mode, script, telling
+from dsv4_hal.cli.conform import Limit, Mode, Op, Pattern, chosen_jobs, progress
+
+if TYPE_CHECKING:
+    from dsv4_hal.conformance.replay import Script
+    from dsv4_hal.conformance.runner import Job
 
 
 def record(
@@ -20,16 +22,37 @@ def record(
     pattern: Pattern = "",
     mode: Mode = None,
     limit: Limit = 60.0,
+    model: ModelDir = None,
+    ops: Annotated[bool, typer.Option("--ops", help="With --model: what every op made, for bisect.")] = False,
+    tokens: Tokens = None,
+    prompt: Prompt = None,
+    decode: Decode = None,
+    chunk: Chunk = None,
+    seed: Seed = None,
 ) -> None:
-    """Run the cases of the contract on a backend and keep what it makes of them, to be compared on another machine."""
+    """Keep what a backend makes of the cases of the contract, or with --model of a whole model, to be compared on
+    another machine with `compare --against BUNDLE`, or with `bisect --against BUNDLE`.
+    """
+    from dsv4_hal.conformance.container import refuse_existing
+
+    refuse_existing(out)
+    if model is None and (ops or any(option is not None for option in (tokens, prompt, decode, chunk, seed))):
+        raise ValueError("--ops, --tokens, --prompt, --decode, --chunk and --seed go with --model DIR")
+    if model is not None and (op or pattern):
+        raise ValueError("a whole model is recorded whole: --model does not go with -o or -p")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if model is None:
+        told = _cases(out, backend, chosen_jobs(op, pattern, mode), limit)
+    else:
+        told = _model(out, backend, model, known_mode(mode), script(model, tokens, prompt, decode, chunk, seed), ops)
+    typer.echo(f"{out}: {told}, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def _cases(out: Path, backend: str, work: list[Job], limit: float) -> str:
     from dsv4_hal.conformance import runner
     from dsv4_hal.conformance.bundle import write_bundle
     from dsv4_hal.conformance.waivers import read_waivers
 
-    if out.exists():
-        raise FileExistsError(f"{out} exists, and a bundle is not written over it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = chosen_jobs(op, pattern, mode)
     made = []
     with runner.Worker(backend, runner.modes(work)) as worker, progress(len(work)) as advance:
         waivers = read_waivers(Path(worker.about.waivers))
@@ -38,31 +61,13 @@ def record(
             advance()
     write_bundle(out, backend, worker.about, made, waivers)
     lost = sum(produced.results is None for _, produced in made)
-    size = out.stat().st_size / 1e6
-    typer.echo(f"{out}: {len(made)} cases of {backend}, {lost} without results, {size:.1f} MB")
+    return f"{len(made)} cases of {backend}, {lost} without results"
 
 
-def compare(
-    against: Annotated[Path, typer.Option(help="A bundle that `record` wrote.", metavar="BUNDLE")], out: Out = None
-) -> None:
-    """Compare a recorded run with the reference of this machine: the verdicts are those of `conform` there.
+def _model(out: Path, backend: str, model: str, mode: str, plan: Script, ops: bool) -> str:
+    from dsv4_hal.conformance.model_run import record
 
-    Exit codes: 0 agrees, 1 disagrees, 2 usage or a bundle that cannot be read, 4 a waiver is stale.
-    """
-    from dsv4_hal.conformance.bundle import read_bundle
-    from dsv4_hal.conformance.report import Run
-    from dsv4_hal.conformance.runner import judge
-
-    bundle = read_bundle(against)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    with progress(len(bundle.made)) as advance, torch.inference_mode():
-        for job, produced in bundle.made:
-            outcomes.append(judge(bundle.backend, job, produced))
-            advance()
-    where = bundle.about.environment
-    versions = {**where["program"], **where["machine"], "torch": where["packages"].get("torch", "unknown")}
-    recorded = ", ".join(f"{key} {versions[key]}" for key in ("dsv4-hal", "torch", "python", "system"))
-    common.notes.print(escape(f"recorded with {recorded}"))
-    conclude(Run(bundle.backend, outcomes, bundle.about, bundle.waivers), out)
+    with telling() as tell:
+        record(out, model, backend, mode, plan, ops, tell(f"{backend}, freely"))
+    lengths = " + ".join(str(len(prompt)) for prompt in plan.prompts)
+    return f"{model} on {backend}, {mode}: {lengths} tokens and {plan.decode} decoded"

@@ -2,9 +2,8 @@
 
 A bundle is one file (see `container.py`). Its tensors are the bytes of the results ("case@mode/result"). Its header
 names the backend, its numeric profiles, versions and machine; how each op ran; and of every result dtype, shape and
-strides, or what went wrong where there is none. Inputs are not stored: they follow from the case's id, and a fingerprint
-shows that this machine draws the same. A bundle is judged by the code that judges a live run, so the verdicts are the
-same.
+strides, or what went wrong where there is none. Inputs are not stored: they follow from the case's id, and a finger-
+print shows that this machine draws the same. The code that judges a live run judges a bundle: verdicts are the same.
 """
 
 from __future__ import annotations

@@ -80,14 +80,19 @@ def budget(case: Case, tolerance: Tolerance, reference32: Resolved, reference64:
         return {}
     narrow, wide = run_case(case, reference32), run_case(case, reference64)
     return {
-        name: _budget(narrow[name], wide[name], tolerance.factor, _row_format(name, reference32.numerics))
+        name: derive(narrow[name], wide[name], tolerance.factor, row_format(name, reference32.numerics))
         for name in narrow
         if narrow[name].is_floating_point()
     }
 
 
-def _budget(narrow: Tensor, wide: Tensor, factor: float, rows: Format | None) -> Budget:
-    measured = _metrics(narrow, wide)
+def derive(narrow: Tensor, wide: Tensor, factor: float, rows: Format | None = None) -> Budget:
+    """The budget of a result: see the head of this file.
+
+    narrow, wide  the reference's result in its profile, and in the widened one
+    rows          what its rows were rounded to at last, where they are rows of a cache
+    """
+    measured = measure(narrow, wide)
     if not math.isfinite(measured["nmse"]):
         raise ValueError("the reference disagrees with itself in float64: no tolerance can be derived")
     finite = wide.double()[wide.isfinite()]
@@ -102,7 +107,7 @@ def _budget(narrow: Tensor, wide: Tensor, factor: float, rows: Format | None) ->
     )
 
 
-def _row_format(name: str, numerics: Numerics) -> Format | None:
+def row_format(name: str, numerics: Numerics) -> Format | None:
     """Format that the rows of a result were rounded to, by its name."""
     return {"kv": numerics.kv, "index": numerics.index}.get(name.split("_")[0])
 
@@ -172,7 +177,7 @@ def nmse(got: Tensor, want: Tensor, budget: Budget, device: str | None = None) -
     """Mean square error over mean square, and largest error over largest value, within the budget."""
     if wrong := _structure(got, want, device):
         return Comparison(False, {}, wrong)
-    metrics, over = _metrics(got, want), []
+    metrics, over = measure(got, want), []
     if not metrics["nmse"] <= budget.rms**2:
         over.append(f"nmse {metrics['nmse']:.3g} over {budget.rms**2:.3g}")
     if not metrics["max_rel"] <= budget.largest:
@@ -180,7 +185,7 @@ def nmse(got: Tensor, want: Tensor, budget: Budget, device: str | None = None) -
     return Comparison(not over, metrics, "; ".join(over))
 
 
-def _metrics(got: Tensor, want: Tensor) -> dict[str, float]:
+def measure(got: Tensor, want: Tensor) -> dict[str, float]:
     """The numbers a report shows. Infinities and NaN must stand in the same places, or every error is infinite."""
     a, b = got.cpu().double().flatten(), want.cpu().double().flatten()
     finite = a.isfinite() & b.isfinite()

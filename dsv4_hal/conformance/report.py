@@ -118,9 +118,9 @@ def junit(run: Run) -> ElementTree.Element:
             suite, "testcase", classname=f"{run.backend}.{outcome.op}", name=outcome.id, time=str(outcome.seconds)
         )
         if waiver := run.waiver(outcome):
-            ElementTree.SubElement(case, "skipped", message=_xml(f"waived {waiver.date}: {waiver.reason}"))
+            ElementTree.SubElement(case, "skipped", message=xml_text(f"waived {waiver.date}: {waiver.reason}"))
         elif not outcome.ok:
-            ElementTree.SubElement(case, "failure", message=_xml(f"{outcome.verdict}: {outcome.message}"))
+            ElementTree.SubElement(case, "failure", message=xml_text(f"{outcome.verdict}: {outcome.message}"))
     return suite
 
 
@@ -148,6 +148,6 @@ def share(of_budget: float | None) -> str:
     return "" if of_budget is None else f"{of_budget:.2f}"
 
 
-def _xml(text: str) -> str:
+def xml_text(text: str) -> str:
     """XML has no place for control characters, nor for halves of surrogate pairs."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,107 @@
+"""`dsv4-hal bisect`: the first op of a forward pass that a backend makes wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dsv4_hal.cli import common
+from dsv4_hal.cli.compare import (
+    Against,
+    Backends,
+    Chunk,
+    Decode,
+    Here,
+    ModelDir,
+    Numerics,
+    Prompt,
+    Seed,
+    Tokens,
+    backend_names,
+    known_mode,
+    script,
+    telling,
+)
+
+if TYPE_CHECKING:
+    from dsv4_hal.conformance.model_compare import Bisected
+
+
+def bisect(
+    backends: Backends = None,
+    model: ModelDir = None,
+    against: Against = None,
+    backend: Here = "reference",
+    mode: Numerics = None,
+    tokens: Tokens = None,
+    prompt: Prompt = None,
+    decode: Decode = None,
+    chunk: Chunk = None,
+    seed: Seed = None,
+) -> None:
+    """Find the first op in the forward pass whose output leaves its budget: of two backends, or in a bundle.
+
+    The first part beyond its budget is found as `compare` does; its ops are then compared one by one, from the same
+    inputs. A bundle must have been recorded with `--ops`.
+
+    Exit codes: 0 none found, 1 found, 2 usage or a bundle that cannot be read, 3 backend unavailable.
+    """
+    from dsv4_hal.conformance.model_compare import bisect_live, bisect_recorded
+
+    if model is None:
+        raise ValueError("name the model: --model DIR")
+    if against is not None:
+        if backends is not None or any(option is not None for option in (mode, tokens, prompt, decode, chunk, seed)):
+            raise ValueError("--against BUNDLE says what was run: it goes with --model and --backend only")
+        with telling() as tell:
+            found = bisect_recorded(model, against, backend, tell)
+    else:
+        names = backend_names(backends or "")
+        if len(names) != 2:
+            raise ValueError(f"bisect takes two backends, got {', '.join(names)}")
+        if backend != "reference":
+            raise ValueError("--backend goes with --against; with --backends, the first one is compared with")
+        plan = script(model, tokens, prompt, decode, chunk, seed)
+        with telling() as tell:
+            found = bisect_live(model, names, known_mode(mode), plan, tell)
+    _show(found)
+    if found.place or found.compared.failed:
+        raise typer.Exit(1)
+
+
+def _show(found: Bisected) -> None:
+    """The ops of the part, and the first wrong one."""
+    from dsv4_hal.conformance.report import share
+
+    console, head = common.console(), found.compared.head
+    backend = head["backends"][0]
+    for row in found.compared.failed:
+        console.print(escape(f"{row.name}: {row.verdict}: {row.message}"), soft_wrap=True, highlight=False)
+    if not found.place:
+        told = "in every part" if not found.calls else f"in all {len(found.calls)} calls of ops"
+        console.print(escape(f"{backend} agrees with {head['baseline']} {told}"), soft_wrap=True, highlight=False)
+        return
+    first = found.first
+    step = first.step if first else 0
+    shown = [call for call in found.calls if call.name.startswith(f"{found.place}/") and call.step == step]
+    table = Table(title=f"{found.place}, step {step} ({head['steps'][step]} tokens)")
+    for title in ("op", "runs as", "of budget", "verdict"):
+        table.add_column(title, no_wrap=True)
+    for call in shown:
+        depth = call.name.count("/") - 1
+        verdict = "agrees" if call.ok else f"[red]{escape(call.message)}[/]"
+        table.add_row("  " * depth + call.op, head["ops"][backend].get(call.op, ""), share(call.of_budget), verdict)
+    console.print(table)
+    if first is None:
+        console.print(f"no op of {found.place} is beyond its own budget: their errors add up, or its picks differ")
+        return
+    path = " > ".join(part.partition(":")[2] for part in first.name.split("/")[1:])
+    console.print(
+        escape(f"first wrong op: {path} in {found.place}, step {first.step}: {first.message}"),
+        soft_wrap=True,
+        highlight=False,
+    )
+    console.print(escape(f"alone: dsv4-hal conform --backend {backend} -o {first.op}"), soft_wrap=True, highlight=False)

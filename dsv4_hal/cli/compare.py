@@ -1,0 +1,225 @@
+"""`dsv4-hal compare`: backends on a whole model, or a run that was recorded elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from dsv4_hal.cli import common
+from dsv4_hal.cli.conform import conclude, progress
+
+if TYPE_CHECKING:
+    from dsv4_hal.conformance.model_compare import Compared, Tell
+    from dsv4_hal.conformance.replay import Script
+
+Backends = Annotated[
+    str | None, typer.Option(help="Backends with commas; each is compared with the first.", metavar="A,B[,C]")
+]
+ModelDir = Annotated[str | None, typer.Option(help="Checkpoint directory.", metavar="DIR")]
+Against = Annotated[Path | None, typer.Option(help="A bundle that `record` wrote.", metavar="BUNDLE")]
+Here = Annotated[str, typer.Option(help="With a bundle of a model: the backend here that it is compared with.")]
+Numerics = Annotated[str | None, typer.Option(help="deployed (default) or exact.")]
+Tokens = Annotated[
+    str | None, typer.Option(help="Lengths of random prompts, with commas; default 160,90.", metavar="N[,N]")
+]
+Prompt = Annotated[list[str] | None, typer.Option(help="A text to continue; may be repeated.")]
+Decode = Annotated[int | None, typer.Option(help="Tokens to decode after the prompts; default 8.", min=0)]
+Chunk = Annotated[int | None, typer.Option(help="Prompt tokens in one step; default 128.", min=1)]
+Seed = Annotated[int | None, typer.Option(help="Seed of random prompts; default 0.")]
+Out = Annotated[Path | None, typer.Option(help="Write the reports here.")]
+
+
+def compare(
+    backends: Backends = None,
+    model: ModelDir = None,
+    against: Against = None,
+    backend: Here = "reference",
+    mode: Numerics = None,
+    tokens: Tokens = None,
+    prompt: Prompt = None,
+    decode: Decode = None,
+    chunk: Chunk = None,
+    seed: Seed = None,
+    out: Out = None,
+) -> None:
+    """Compare backends part by part on a model, or a recorded run with this machine.
+
+    `--backends a,b --model DIR`: every part of b from what a's saw, with its picks; then both freely.
+    `--against BUNDLE`: cases of the contract with the reference here, as `conform` would. `--against BUNDLE --model
+    DIR`: a model run recorded elsewhere.
+
+    Exit codes: 0 agrees, 1 disagrees, 2 usage or a bundle that cannot be read, 3 backend unavailable, 4 a waiver is
+    stale.
+    """
+    options = (mode, tokens, prompt, decode, chunk, seed)
+    if against is not None:
+        if backends is not None or any(option is not None for option in options):
+            raise ValueError("--against BUNDLE says what was run: it goes with --model, --backend and --out only")
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)  # what can be wrong is found before anything runs
+        if model is None:
+            _recorded_cases(against, backend, out)
+        else:
+            _recorded_model(against, model, backend, out)
+        return
+    if backends is None or model is None:
+        raise ValueError("name what to compare: --backends a,b --model DIR, or --against BUNDLE")
+    if backend != "reference":
+        raise ValueError("--backend goes with --against; with --backends, the first one is compared with")
+    from dsv4_hal.conformance.model_compare import live
+
+    names = backend_names(backends)
+    plan = script(model, tokens, prompt, decode, chunk, seed)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    with telling() as tell:
+        found = live(model, names, known_mode(mode), plan, tell)
+    conclude_model(found, out)
+
+
+def backend_names(text: str) -> list[str]:
+    """At least two different ones."""
+    names = [name.strip() for name in text.split(",")]
+    if len(names) < 2 or not all(names) or len(set(names)) != len(names):
+        raise ValueError(f"--backends needs two or more different names with commas between them, got {text!r}")
+    return names
+
+
+def known_mode(mode: str | None) -> str:
+    if mode not in (None, "exact", "deployed"):
+        raise ValueError(f"--mode must be exact or deployed, got {mode!r}")
+    return mode or "deployed"
+
+
+def script(
+    model: str,
+    tokens: str | None,
+    prompt: Sequence[str] | None,
+    decode: int | None,
+    chunk: int | None,
+    seed: int | None,
+) -> Script:
+    """What is run: the prompts given, or random tokens."""
+    from dsv4_hal.conformance.replay import Script
+    from dsv4_hal.model.config import find_config
+    from dsv4_hal.model.tokenizer import encode, load_tokenizer
+
+    cfg, directory = find_config(model)
+    if directory is None:
+        raise ValueError(
+            f"{model} is a preset: it has shapes but no weights. "
+            f"Write random ones with `dsv4-hal init --preset {model} --out DIR`"
+        )
+    if prompt:
+        if tokens is not None or seed is not None:
+            raise ValueError("--prompt gives the tokens: it does not go with --tokens or --seed")
+        tokenizer = load_tokenizer(directory, cfg.vocab_size)
+        prompts = tuple(tuple(encode(tokenizer, text, cfg.bos_token_id)) for text in prompt)
+    else:
+        generator = torch.Generator().manual_seed(seed or 0)
+        prompts = tuple(
+            tuple(torch.randint(cfg.vocab_size, (length,), generator=generator).tolist())
+            for length in _lengths(tokens or "160,90")
+        )
+    return Script(prompts, 8 if decode is None else decode, chunk or 128)
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"--tokens must be whole numbers of at least 1 with commas between them, got {text!r}")
+    return lengths
+
+
+def _recorded_cases(against: Path, backend: str, out: Path | None) -> None:
+    from dsv4_hal.conformance.bundle import read_bundle
+    from dsv4_hal.conformance.report import Run
+    from dsv4_hal.conformance.runner import judge
+
+    if backend != "reference":
+        raise ValueError("cases of the contract are compared with the reference; --backend goes with a model's bundle")
+    bundle = read_bundle(against)
+    outcomes = []
+    with progress(len(bundle.made)) as advance, torch.inference_mode():
+        for job, produced in bundle.made:
+            outcomes.append(judge(bundle.backend, job, produced))
+            advance()
+    where = bundle.about.environment
+    versions = {**where["program"], **where["machine"], "torch": where["packages"].get("torch", "unknown")}
+    told = ", ".join(f"{key} {versions[key]}" for key in ("dsv4-hal", "torch", "python", "system"))
+    common.notes.print(escape(f"recorded with {told}"))
+    conclude(Run(bundle.backend, outcomes, bundle.about, bundle.waivers), out)
+
+
+def _recorded_model(against: Path, model: str, backend: str, out: Path | None) -> None:
+    from dsv4_hal.conformance.model_compare import recorded
+
+    with telling() as tell:
+        found = recorded(model, against, backend, tell)
+    conclude_model(found, out)
+
+
+def conclude_model(compared: Compared, out: Path | None) -> None:
+    """Show a comparison, write its files, and leave with its exit code."""
+    from dsv4_hal.conformance.model_report import write
+
+    show_model(compared)
+    if out is not None:
+        write(compared, out)
+        common.notes.print(f"[dim]written: {escape(str(out))}/model.jsonl, junit.xml, report.md[/]")
+    if compared.failed:
+        raise typer.Exit(1)
+
+
+def show_model(compared: Compared) -> None:
+    from dsv4_hal.conformance.drift import GOOD, Part
+    from dsv4_hal.conformance.model_compare import headline
+    from dsv4_hal.conformance.model_report import cells
+
+    console = common.console()
+    for backend in compared.head["backends"]:
+        table = Table(title=f"{backend} against {compared.head['baseline']}, {compared.head['mode']}")
+        for title in ("part", "error", "median token", "worst token", "of budget", "verdict"):
+            table.add_column(title, no_wrap=True)
+        for row in compared.rows:
+            if isinstance(row, Part) and row.backend == backend:
+                *values, verdict = map(escape, cells(row))
+                table.add_row(*values, verdict if row.verdict in GOOD else f"[red]{verdict}[/]")
+        console.print(table)
+    for row in compared.failed:
+        console.print(
+            escape(f"{row.backend}: {row.name}: {row.verdict}: {row.message}"), soft_wrap=True, highlight=False
+        )
+    for line in headline(compared):
+        console.print(escape(line), soft_wrap=True, highlight=False)
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[Tell]:
+    """Bars on standard error, one per run, where there is a terminal to see them."""
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=common.notes,
+        transient=True,
+        disable=not common.notes.is_terminal,
+    )
+
+    def tell(what: str):  # type: ignore[no-untyped-def]
+        task = bars.add_task(what, total=None)
+        return lambda done, total: bars.update(task, completed=done, total=total)
+
+    with bars:
+        yield tell

@@ -1,0 +1,78 @@
+"""What a comparison of whole models says: `model.jsonl` is the truth, the others are views of it.
+
+model.jsonl  first what was compared (models, backends, profiles, environments), then a row of `drift.py` a line
+junit.xml    a test case per part, for a CI that shows them
+report.md    a headline per backend, a row per part, and every failure
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from dsv4_hal.conformance.drift import GOOD, Part, Picks, Row
+from dsv4_hal.conformance.model_compare import Compared, headline
+from dsv4_hal.conformance.report import share, xml_text
+
+
+def write(compared: Compared, directory: Path) -> None:
+    """All files, into a directory that is made if need be."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "model.jsonl").write_text(jsonl(compared), encoding="utf-8")
+    ElementTree.ElementTree(junit(compared)).write(directory / "junit.xml", encoding="utf-8", xml_declaration=True)
+    (directory / "report.md").write_text(markdown(compared), encoding="utf-8", errors="backslashreplace")
+
+
+def jsonl(compared: Compared) -> str:
+    head = {"kind": "model", **compared.head, "headline": list(headline(compared))}
+    lines = [head, *map(_plain, compared.rows)]
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    """As JSON can hold it: what is not finite becomes text."""
+    told = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in asdict(row).items()}
+    return told | {"message": failure(row)}
+
+
+def failure(row: Row) -> str:
+    """What is wrong with a row; "" if nothing."""
+    return "" if row.verdict in GOOD else row.message
+
+
+def junit(compared: Compared) -> ElementTree.Element:
+    failed = compared.failed
+    name = f"dsv4-hal compare {compared.head['model']['name']}"
+    suite = ElementTree.Element("testsuite", name=name, tests=str(len(compared.rows)), failures=str(len(failed)))
+    for row in compared.rows:
+        case = ElementTree.SubElement(suite, "testcase", classname=f"{row.backend}.model", name=row.name)
+        if row.verdict not in GOOD:
+            ElementTree.SubElement(case, "failure", message=xml_text(f"{row.verdict}: {row.message}"))
+    return suite
+
+
+def markdown(compared: Compared) -> str:
+    head = compared.head
+    lines = [f"# {head['model']['name']}, mode {head['mode']}", "", *(f"- {line}" for line in headline(compared)), ""]
+    for backend in head["backends"]:
+        mine = [row for row in compared.rows if row.backend == backend]
+        lines += [f"## {backend}", "", "| part | relative error | median token | worst token | of budget | verdict |"]
+        lines += ["| --- | --- | --- | --- | --- | --- |"]
+        lines += [f"| {' | '.join(cells(row))} |" for row in mine if isinstance(row, Part)]
+        lines += ["", "| picks | agree |", "| --- | --- |"]
+        lines += [f"| {row.name} | {row.agreement:.2%} |" for row in mine if isinstance(row, Picks)]
+        lines += [""]
+        failed = [row for row in mine if row.verdict not in GOOD]
+        if failed:
+            lines += ["### Failures", "", *(f"- `{row.name}` {row.verdict}: {row.message}" for row in failed), ""]
+    return "\n".join(lines)
+
+
+def cells(part: Part) -> tuple[str, ...]:
+    """name, relative error, median token, worst token, share of budget, verdict."""
+    errors = (part.rms, part.median_token, part.worst_token)
+    return part.name, *("" if e is None else f"{e:.1e}" for e in errors), share(part.of_budget), part.verdict
