@@ -27,6 +27,7 @@ from dsv4_hal.cli.compare import (
 )
 
 if TYPE_CHECKING:
+    from dsv4_hal.conformance.drift import Call
     from dsv4_hal.conformance.model_compare import Bisected
 
 
@@ -90,9 +91,9 @@ def _show(found: Bisected) -> None:
     table = Table(title=f"{found.place}, step {step} ({head['steps'][step]} tokens)")
     for title in ("op", "runs as", "of budget", "verdict"):
         table.add_column(title, no_wrap=True)
-    for call in shown:
+    for call in sorted(shown, key=_order):
         depth = call.name.count("/") - 1
-        verdict = "agrees" if call.ok else f"[red]{escape(call.message)}[/]"
+        verdict = "agrees" if call.ok else "[red]wrong[/]"
         table.add_row("  " * depth + call.op, head["ops"][backend].get(call.op, ""), share(call.of_budget), verdict)
     console.print(table)
     if first is None:
@@ -105,3 +106,8 @@ def _show(found: Bisected) -> None:
         highlight=False,
     )
     console.print(escape(f"alone: dsv4-hal conform --backend {backend} -o {first.op}"), soft_wrap=True, highlight=False)
+
+
+def _order(call: Call) -> list[int]:
+    """A composite in front of its parts: its number among the calls of the place, then theirs."""
+    return [int(part.partition(":")[0]) for part in call.name.split("/")[1:]]
