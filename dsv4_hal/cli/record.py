@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from dsv4_hal.cli import common
-from dsv4_hal.cli.conform import Limit, Mode, Op, Out, Pattern, chosen_jobs, conclude, progress
+from dsv4_hal.cli.conform import Limit, Mode, Op, Out, Pattern, Size, chosen_jobs, conclude, progress, within
 
 
 def record(
@@ -19,6 +19,7 @@ def record(
     op: Op = None,
     pattern: Pattern = "",
     mode: Mode = None,
+    size: Size = "quick",
     limit: Limit = 60.0,
 ) -> None:
     """Run the cases of the contract on a backend and keep what it makes of them, to be compared on another machine."""
@@ -29,17 +30,19 @@ def record(
     if out.exists():
         raise FileExistsError(f"{out} exists, and a bundle is not written over it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = chosen_jobs(op, pattern, mode)
+    work = chosen_jobs(op, pattern, mode, size)
     made = []
-    with runner.Worker(backend, runner.modes(work)) as worker, progress(len(work)) as advance:
+    with runner.Worker(backend, runner.modes(work)) as worker:
         waivers = read_waivers(Path(worker.about.waivers))
-        for job, produced in worker.map(work, limit):
-            made.append((job, produced))
-            advance()
-    write_bundle(out, backend, worker.about, made, waivers)
+        work, extent = within(backend, work, worker.about, size)
+        with progress(len(work)) as advance:
+            for job, produced in worker.map(work, limit):
+                made.append((job, produced))
+                advance()
+    write_bundle(out, backend, worker.about, made, waivers, extent)
     lost = sum(produced.results is None for _, produced in made)
-    size = out.stat().st_size / 1e6
-    typer.echo(f"{out}: {len(made)} cases of {backend}, {lost} without results, {size:.1f} MB")
+    megabytes = out.stat().st_size / 1e6
+    typer.echo(f"{out}: {len(made)} cases of {backend}, {lost} without results, {megabytes:.1f} MB; {extent}")
 
 
 def compare(
@@ -65,4 +68,4 @@ def compare(
     versions = {**where["program"], **where["machine"], "torch": where["packages"].get("torch", "unknown")}
     recorded = ", ".join(f"{key} {versions[key]}" for key in ("dsv4-hal", "torch", "python", "system"))
     common.notes.print(escape(f"recorded with {recorded}"))
-    conclude(Run(bundle.backend, outcomes, bundle.about, bundle.waivers), out)
+    conclude(Run(bundle.backend, outcomes, bundle.about, bundle.waivers, bundle.extent), out)

@@ -105,6 +105,6 @@ def test_bundles_that_cannot_be_judged(tool: Tool, bundle: Path, monkeypatch: py
         patch.setattr("dsv4_hal.conformance.bundle.inputs", lambda: "other")
         assert "drew other inputs there" in refused(bundle)
     with monkeypatch.context() as patch:
-        patch.setattr("dsv4_hal.conformance.bundle.FORMAT", "3")
-        assert "of format 2; this version reads format 3" in refused(bundle)
+        patch.setattr("dsv4_hal.conformance.bundle.FORMAT", "4")
+        assert "of format 3; this version reads format 4" in refused(bundle)
     assert tool("compare", "--against", bundle).code == 0
