@@ -55,11 +55,14 @@ class Backend(Ops):
     name         what the user calls it
     device_type  torch device it computes on by default
     automatic    whether `backend: auto` may choose it where it is available
+    affords      the largest size class of cases that it gets through in reasonable time (`dsv4_hal.ops.SIZES`); an
+                 interpreter of kernels says "interpreted"
     """
 
     name: ClassVar[str] = ""
     device_type: ClassVar[str] = "cpu"
     automatic: ClassVar[bool] = True
+    affords: ClassVar[str] = "full"
 
     def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:
         verdict = self.available()

@@ -159,7 +159,7 @@ def _recorded_cases(against: Path, backend: str, out: Path | None) -> None:
     versions = {**where["program"], **where["machine"], "torch": where["packages"].get("torch", "unknown")}
     told = ", ".join(f"{key} {versions[key]}" for key in ("dsv4-hal", "torch", "python", "system"))
     common.notes.print(escape(f"recorded with {told}"))
-    conclude(Run(bundle.backend, outcomes, bundle.about, bundle.waivers), out)
+    conclude(Run(bundle.backend, outcomes, bundle.about, bundle.waivers, bundle.extent), out)
 
 
 def _recorded_model(against: Path, model: str, backend: str, out: Path | None) -> None:

@@ -15,16 +15,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from dsv4_hal.cli import common
-from dsv4_hal.ops import FAMILIES, OPS
+from dsv4_hal.ops import FAMILIES, OPS, SIZES
 
 if TYPE_CHECKING:
     from dsv4_hal.conformance.report import Run
-    from dsv4_hal.conformance.runner import Job
+    from dsv4_hal.conformance.runner import About, Extent, Job
 
 
 Op = Annotated[list[str] | None, typer.Option("-o", "--op", help="Only this op, or family of ops.")]
 Pattern = Annotated[str, typer.Option("-p", "--pattern", help="Only cases whose id contains this.")]
 Mode = Annotated[str | None, typer.Option(help="exact or deployed; default both.")]
+Size = Annotated[str, typer.Option(help="Cases up to this size class: tiny, interpreted, quick or full.")]
 Out = Annotated[Path | None, typer.Option(help="Write results.jsonl, junit.xml and report.md here.")]
 Limit = Annotated[float, typer.Option(help="Seconds that a case may take.", min=0.1, max=86400)]
 
@@ -34,6 +35,7 @@ def conform(
     op: Op = None,
     pattern: Pattern = "",
     mode: Mode = None,
+    size: Size = "quick",
     out: Out = None,
     limit: Limit = 60.0,
     show_cases: Annotated[bool, typer.Option("--list", help="List the cases and run none.")] = False,
@@ -50,12 +52,12 @@ def conform(
     from dsv4_hal.conformance.waivers import read_waivers
 
     if mutants:
-        if op or pattern or mode or out or show_cases or backend != "reference":
+        if op or pattern or mode or out or show_cases or backend != "reference" or size != "quick":
             raise ValueError(
                 "--mutants runs all wrong backends on the cases of their ops; it goes with no other option"
             )
         raise typer.Exit(_mutants())
-    work = chosen_jobs(op, pattern, mode)
+    work = chosen_jobs(op, pattern, mode, size)
     if show_cases:
         typer.echo("\n".join(dict.fromkeys(job.case for job in work)))
         return
@@ -66,6 +68,7 @@ def conform(
     interrupted = False
     with runner.Worker(backend, runner.modes(work)) as worker:
         waivers = read_waivers(Path(worker.about.waivers))
+        work, extent = within(backend, work, worker.about, size)
         try:
             with progress(len(work)) as advance:
                 for job, made in worker.map(work, limit):
@@ -74,7 +77,7 @@ def conform(
         except KeyboardInterrupt:
             interrupted = True
             common.notes.print(f"[yellow]interrupted[/] after {len(outcomes)} of {len(work)} cases")
-    conclude(Run(backend, outcomes, worker.about, waivers), out, interrupted)
+    conclude(Run(backend, outcomes, worker.about, waivers, extent), out, interrupted)
 
 
 def conclude(run: Run, out: Path | None, interrupted: bool = False) -> None:
@@ -93,16 +96,32 @@ def conclude(run: Run, out: Path | None, interrupted: bool = False) -> None:
         raise typer.Exit(4)
 
 
-def chosen_jobs(op: Sequence[str] | None, pattern: str, mode: str | None) -> list[Job]:
+def chosen_jobs(op: Sequence[str] | None, pattern: str, mode: str | None, size: str) -> list[Job]:
     """The cases that the options choose. ValueError where they choose none, or name what is not there."""
     from dsv4_hal.conformance import runner
 
     if mode not in (None, *runner.MODES):
         raise ValueError(f"--mode must be exact or deployed, got {mode!r}")
-    work = runner.jobs(chosen_ops(op or ()), pattern, runner.MODES if mode is None else (mode,))
-    if not work:
-        raise ValueError(f"no case has {pattern!r} in its id; conform --list shows them all")
-    return work
+    if size not in SIZES:
+        raise ValueError(f"--size must be {', '.join(SIZES[:-1])} or {SIZES[-1]}, got {size!r}")
+    ops, modes = chosen_ops(op or ()), runner.MODES if mode is None else (mode,)
+    if work := runner.jobs(ops, pattern, modes, size):
+        return work
+    if larger := runner.jobs(ops, pattern, modes, SIZES[-1]):
+        raise ValueError(f"{larger[0].case} is larger than --size {size}: it needs --size {larger[0].size}")
+    raise ValueError(f"no case has {pattern!r} in its id; conform --list shows them all")
+
+
+def within(backend: str, work: Sequence[Job], about: About, size: str) -> tuple[list[Job], Extent]:
+    """The jobs that a backend affords, and what to tell of those that it does not. ValueError where it affords none."""
+    from dsv4_hal.conformance import runner
+
+    kept = runner.affordable(work, about)
+    if not kept:
+        raise ValueError(
+            f"backend {backend} affords {about.affords} cases at most, and all {len(work)} chosen are larger"
+        )
+    return kept, runner.Extent(size, about.affords, len(work) - len(kept))
 
 
 def chosen_ops(names: Sequence[str]) -> list[str]:

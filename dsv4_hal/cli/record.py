@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dsv4_hal.cli.compare import Chunk, Decode, ModelDir, Prompt, Seed, Tokens, known_mode, script, telling
-from dsv4_hal.cli.conform import Limit, Mode, Op, Pattern, chosen_jobs, progress
+from dsv4_hal.cli.conform import Limit, Mode, Op, Pattern, Size, chosen_jobs, progress, within
 
 if TYPE_CHECKING:
     from dsv4_hal.conformance.replay import Script
@@ -21,6 +21,7 @@ def record(
     op: Op = None,
     pattern: Pattern = "",
     mode: Mode = None,
+    size: Size = "quick",
     limit: Limit = 60.0,
     model: ModelDir = None,
     ops: Annotated[bool, typer.Option("--ops", help="With --model: what every op made, for bisect.")] = False,
@@ -42,26 +43,28 @@ def record(
         raise ValueError("a whole model is recorded whole: --model does not go with -o or -p")
     out.parent.mkdir(parents=True, exist_ok=True)
     if model is None:
-        told = _cases(out, backend, chosen_jobs(op, pattern, mode), limit)
+        told = _cases(out, backend, chosen_jobs(op, pattern, mode, size), size, limit)
     else:
         told = _model(out, backend, model, known_mode(mode), script(model, tokens, prompt, decode, chunk, seed), ops)
     typer.echo(f"{out}: {told}, {out.stat().st_size / 1e6:.1f} MB")
 
 
-def _cases(out: Path, backend: str, work: list[Job], limit: float) -> str:
+def _cases(out: Path, backend: str, work: list[Job], size: str, limit: float) -> str:
     from dsv4_hal.conformance import runner
     from dsv4_hal.conformance.bundle import write_bundle
     from dsv4_hal.conformance.waivers import read_waivers
 
     made = []
-    with runner.Worker(backend, runner.modes(work)) as worker, progress(len(work)) as advance:
+    with runner.Worker(backend, runner.modes(work)) as worker:
         waivers = read_waivers(Path(worker.about.waivers))
-        for job, produced in worker.map(work, limit):
-            made.append((job, produced))
-            advance()
-    write_bundle(out, backend, worker.about, made, waivers)
+        work, extent = within(backend, work, worker.about, size)
+        with progress(len(work)) as advance:
+            for job, produced in worker.map(work, limit):
+                made.append((job, produced))
+                advance()
+    write_bundle(out, backend, worker.about, made, waivers, extent)
     lost = sum(produced.results is None for _, produced in made)
-    return f"{len(made)} cases of {backend}, {lost} without results"
+    return f"{len(made)} cases of {backend}, {lost} without results; {extent}"
 
 
 def _model(out: Path, backend: str, model: str, mode: str, plan: Script, ops: bool) -> str:

@@ -20,7 +20,7 @@ import torch
 
 from dsv4_hal.conformance import container
 from dsv4_hal.conformance.container import BundleError
-from dsv4_hal.conformance.runner import About, Job, Produced
+from dsv4_hal.conformance.runner import WHOLE, About, Extent, Job, Produced
 from dsv4_hal.conformance.transport import Packed
 from dsv4_hal.conformance.waivers import Waiver
 from dsv4_hal.ops import OPS
@@ -33,16 +33,23 @@ class Bundle:
     about    what the backend said of itself
     made     the jobs in order, and what became of each
     waivers  those that lay beside the backend
+    extent   size classes that were run
     """
 
     backend: str
     about: About
     made: tuple[tuple[Job, Produced], ...]
     waivers: tuple[Waiver, ...]
+    extent: Extent = WHOLE
 
 
 def write_bundle(
-    path: Path, backend: str, about: About, made: Iterable[tuple[Job, Produced]], waivers: Iterable[Waiver] = ()
+    path: Path,
+    backend: str,
+    about: About,
+    made: Iterable[tuple[Job, Produced]],
+    waivers: Iterable[Waiver] = (),
+    extent: Extent = WHOLE,
 ) -> None:
     """Write what a backend made. The file appears whole or not at all; FileExistsError if there is one already."""
     container.refuse_existing(path)
@@ -61,6 +68,7 @@ def write_bundle(
         "backend": backend,
         "profiles": about.profiles,
         "environment": about.environment,
+        "extent": asdict(extent),
         "contract": contract(),
         "inputs": inputs(),
         "waivers": [asdict(waiver) | {"date": waiver.date.isoformat()} for waiver in waivers],
@@ -78,13 +86,14 @@ def read_bundle(path: Path) -> Bundle:
     if header["inputs"] != inputs():
         raise BundleError(f"{path}: torch {by['torch']} drew other inputs there than {torch.__version__} does here")
     waivers = (Waiver(**{**w, "date": datetime.date.fromisoformat(w["date"])}) for w in header["waivers"])
-    about = About("", header["profiles"], header["environment"])
-    return Bundle(header["backend"], about, tuple(_made(header["cases"], tensors)), tuple(waivers))
+    extent = Extent(**header["extent"])
+    about = About("", header["profiles"], header["environment"], extent.affords)
+    return Bundle(header["backend"], about, tuple(_made(header["cases"], tensors)), tuple(waivers), extent)
 
 
 def _made(cases: Iterable[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[Job, Produced]]:
     for case in cases:
-        job = Job(case["op"], case["case"], case["mode"])
+        job = Job(case["op"], case["case"], case["mode"], case["size"])
         results = None
         if case["results"] is not None:
             results = {

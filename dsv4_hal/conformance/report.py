@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from dsv4_hal.conformance.runner import About, Outcome
+from dsv4_hal.conformance.runner import WHOLE, About, Extent, Outcome
 from dsv4_hal.conformance.waivers import Waiver, stale
 from dsv4_hal.environment import environment
 from dsv4_hal.ops import OPS
@@ -24,12 +24,14 @@ from dsv4_hal.registry import FALLBACK
 
 @dataclass(frozen=True)
 class Run:
-    """Outcomes of one backend, in the order they came; what it says of itself, and the waivers that lie beside it."""
+    """Outcomes of one backend, in the order they came; what it says of itself, waivers that lie beside it, which size
+    classes ran."""
 
     backend: str
     outcomes: Sequence[Outcome]
     about: About
     waivers: Sequence[Waiver] = ()
+    extent: Extent = WHOLE
 
     @property
     def runs_as(self) -> dict[str, str]:
@@ -62,7 +64,7 @@ class Run:
             own_text = "the reference, against the naive float64 oracle"
         else:
             own_text = f"{own} native op{'' if own == 1 else 's'} of the {len(self.runs_as)} that ran"
-        return f"{self.backend}: {own_text}; {len(self.outcomes)} cases: {told or 'none'}"
+        return f"{self.backend}: {own_text}; {len(self.outcomes)} cases: {told or 'none'}; {self.extent}"
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
@@ -100,6 +102,7 @@ def jsonl(run: Run) -> str:
         "run": run.backend,
         "headline": run.headline,
         "ops": run.runs_as,
+        "sizes": asdict(run.extent) | {"classes": run.extent.classes},
         "profiles": run.about.profiles,
         "environment": run.about.environment,
         "judged": environment([FALLBACK]),

@@ -32,10 +32,11 @@ from dsv4_hal.conformance.transport import Packed, pack, unpack
 from dsv4_hal.dispatch import Resolved, resolve, select
 from dsv4_hal.environment import Environment, environment
 from dsv4_hal.numerics import numerics_for
-from dsv4_hal.ops import OPS, Case
+from dsv4_hal.ops import OPS, SIZES, Case
 from dsv4_hal.registry import FALLBACK, backend_class
 
 MODES = ("exact", "deployed")
+DEFAULT_SIZE = "quick"
 STARTING = 600.0  # seconds a backend may take to be made
 LIMIT = 60.0  # seconds a case may take
 AHEAD = 8  # cases that the process may be ahead of who judges
@@ -52,6 +53,7 @@ class Outcome:
     of_budget  the worst error of a result as a multiple of its budget; inf where an exact check fails; None where
                nothing was measured
     metrics    result -> numbers of its comparison
+    size       size class of the case, of `dsv4_hal.ops.SIZES`
     """
 
     backend: str
@@ -64,6 +66,7 @@ class Outcome:
     of_budget: float | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
+    size: str = "tiny"
 
     @property
     def ok(self) -> bool:
@@ -86,6 +89,7 @@ class Job:
     op: str
     case: str
     mode: str
+    size: str = "tiny"
 
     @property
     def id(self) -> str:
@@ -99,18 +103,63 @@ class About:
     waivers      path of a file of waivers beside its module; it need not be there
     profiles     numeric profile of each mode
     environment  versions, machine and devices where it runs
+    affords      the largest size class that it gets through
     """
 
     waivers: str
     profiles: Mapping[str, Mapping[str, Any]]
     environment: Environment
+    affords: str = SIZES[-1]
 
 
-def jobs(ops: Sequence[str] = (), pattern: str = "", modes: Iterable[str] = MODES) -> list[Job]:
-    """The cases of `ops` (default all), in every mode, whose id (with its mode: "case@mode") contains `pattern`."""
-    in_modes, chosen = tuple(modes), [OPS[op] for op in ops or OPS]
-    every = (Job(spec.name, case.id, mode) for spec in chosen for case in spec.cases() for mode in in_modes)
+@dataclass(frozen=True)
+class Extent:
+    """Which size classes a run has.
+
+    size     the largest class that was asked for
+    affords  the largest one that the backend affords
+    beyond   how many cases were asked for and are left out, because the backend does not afford them
+    """
+
+    size: str = SIZES[-1]
+    affords: str = SIZES[-1]
+    beyond: int = 0
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What may have run."""
+        return up_to(min(self.size, self.affords, key=SIZES.index))
+
+    def __str__(self) -> str:
+        ran = f"size classes {', '.join(self.classes)}"
+        if not self.beyond:
+            return ran
+        return f"{ran}; {self.beyond} larger cases not run, since the backend affords {self.affords} at most"
+
+
+WHOLE = Extent()  # nothing is left out
+
+
+def up_to(size: str) -> tuple[str, ...]:
+    """Size classes up to one of them."""
+    return SIZES[: SIZES.index(size) + 1]
+
+
+def jobs(
+    ops: Sequence[str] = (), pattern: str = "", modes: Iterable[str] = MODES, size: str = DEFAULT_SIZE
+) -> list[Job]:
+    """The cases of `ops` (default all) up to a size class, in every mode, whose id (with its mode: "case@mode")
+    contains `pattern`."""
+    in_modes, sizes, chosen = tuple(modes), up_to(size), [OPS[op] for op in ops or OPS]
+    cases = [(spec.name, case) for spec in chosen for case in spec.cases() if case.size in sizes]
+    every = (Job(op, case.id, mode, case.size) for op, case in cases for mode in in_modes)
     return [job for job in every if pattern in job.id]
+
+
+def affordable(work: Iterable[Job], about: About) -> list[Job]:
+    """The jobs that a backend gets through, as it says of itself."""
+    sizes = up_to(about.affords)
+    return [job for job in work if job.size in sizes]
 
 
 def modes(work: Iterable[Job]) -> tuple[str, ...]:
@@ -118,10 +167,10 @@ def modes(work: Iterable[Job]) -> tuple[str, ...]:
 
 
 def conform(backend: str, work: Iterable[Job], limit: float = LIMIT) -> Iterator[Outcome]:
-    """Every job on a backend: its part in a worker process, the verdict in this one, which never loads the backend."""
+    """Every job that a backend affords: its part in a worker process, the verdict in this one, which never loads it."""
     work = list(work)
     with Worker(backend, modes(work)) as worker:
-        for job, made in worker.map(work, limit):
+        for job, made in worker.map(affordable(work, worker.about), limit):
             yield judge(backend, job, made)
 
 
@@ -246,11 +295,13 @@ def _work(there: Connection, backend: str, modes: Sequence[str]) -> None:
         for mode in modes:
             select([backend], numerics_for(mode))
             profiles[mode] = _candidate(cls, mode).numerics.to_dict()
+        if cls.affords not in SIZES:
+            raise BackendError(f"backend {backend} affords {cls.affords!r}, which is none of {', '.join(SIZES)}")
     except BackendError as error:
         there.send(str(error))
         return
     waivers = Path(inspect.getfile(cls)).parent / "waivers.yaml"
-    there.send(About(str(waivers), profiles, environment([backend])))
+    there.send(About(str(waivers), profiles, environment([backend]), cls.affords))
     with torch.inference_mode(), contextlib.suppress(EOFError):
         while True:
             there.send(produce(cls, there.recv()))
@@ -336,7 +387,16 @@ def judge(backend: str, job: Job, made: Produced) -> Outcome:
 
     def outcome(verdict: str, message: str = "", **found: Any) -> Outcome:
         return Outcome(
-            backend, job.op, job.case, job.mode, made.runs_as, verdict, message, seconds=made.seconds, **found
+            backend,
+            job.op,
+            job.case,
+            job.mode,
+            made.runs_as,
+            verdict,
+            message,
+            seconds=made.seconds,
+            size=job.size,
+            **found,
         )
 
     if made.results is None:

@@ -12,7 +12,7 @@ from dsv4_hal.ops.hyper_connection import HyperConnection
 from dsv4_hal.ops.moe import Moe
 from dsv4_hal.ops.norm_rope import NormRope
 from dsv4_hal.ops.sampling import Sampling
-from dsv4_hal.ops.spec import OPS, Case, Compare, ContractError, OpSpec, Tolerance
+from dsv4_hal.ops.spec import OPS, SIZES, Case, Compare, ContractError, OpSpec, Tolerance
 
 
 class Ops(Attention, Cache, Moe, HyperConnection, Sampling):
@@ -39,6 +39,7 @@ __all__ = [
     "FAMILIES",
     "KV",
     "OPS",
+    "SIZES",
     "Attention",
     "Cache",
     "Case",

@@ -66,13 +66,24 @@ class Tolerance:
     why: str
 
 
+# Size classes of cases, each run with those before it. A backend runs those that it can afford.
+#   tiny         small in every way: at most 8 tokens, 4 heads, and rows and columns of 512
+#   interpreted  within the same bounds, but rows as wide as the published models' where a kernel's tiling hangs on
+#                them: what a kernel under an interpreter, hundreds of times slower, still gets through
+#   quick        longer and ragged steps: what is run by default
+#   full         widths of the published models, with at most 64 tokens and 8 experts
+SIZES = ("tiny", "interpreted", "quick", "full")
+
+
 @dataclass(frozen=True)
 class Case:
     """One call to try. `id` is unique and seeds the generator; `run` makes its inputs from the
-    generator (on the CPU), calls the op, and returns every result by name, mutated state included."""
+    generator (on the CPU), calls the op, and returns every result by name, mutated state included; `size` is one of
+    SIZES."""
 
     id: str
     run: Callable[[Resolved, torch.Generator], dict[str, Tensor]]
+    size: str = "tiny"
 
 
 Cases = Iterable[Case]

@@ -89,6 +89,24 @@ def test_cases_can_be_listed_and_pasted_back(tool: Tool) -> None:
     assert "1 cases: 1 agrees" in again.out
 
 
+@pytest.mark.usefixtures("third")
+def test_size_classes(tool: Tool, tmp_path: Path) -> None:
+    site = tmp_path / "site packages"
+    (site / "third_vendor.py").write_text(MINIMAL.replace("MyChip", "Third") + '    affords = "tiny"\n')
+    some = ("-o", "hc_post", "--mode", "exact")
+    all_of_it = tool("conform", *some)
+    assert all_of_it.code == 0 and "size classes tiny, interpreted, quick" in all_of_it.out
+    assert "quick" not in tool("conform", *some, "--size", "interpreted").out
+    modest = tool("conform", "--backend", "third", *some)
+    assert modest.code == 0
+    assert "size classes tiny; 1 larger cases not run, since the backend affords tiny at most" in modest.out
+    made = tool("record", "--backend", "third", *some, "--out", tmp_path / "a.bundle")
+    compared = tool("compare", "--against", tmp_path / "a.bundle")
+    assert "1 larger cases not run" in made.out and compared.out == modest.out
+    none = tool("conform", "--backend", "third", *some, "-p", "tokens=70")
+    assert none.code == 2 and "third affords tiny cases at most, and all 1 chosen are larger" in none.err
+
+
 def test_mutants(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     some = {m.name: m for m in mutants.mutants()}
     right = mutants.Mutant("right", "nothing", "hadamard", lambda right, self, x: right.hadamard(self, x))
@@ -111,6 +129,8 @@ def test_mutants(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
         (("-p", "nothing[like=this]"), 2, "no case has 'nothing[like=this]' in its id"),
         (("--mutants", "-o", "rope"), 2, "it goes with no other option"),
         (("--limit", "inf"), 2, "--limit"),
+        (("--size", "huge"), 2, "--size must be tiny, interpreted, quick or full, got 'huge'"),
+        (("--size", "tiny", "-p", "hc_post[tokens=70"), 2, "is larger than --size tiny: it needs --size quick"),
         (("--mode", "fast"), 2, "--mode must be exact or deployed, got 'fast'"),
         (
             ("--backend", "refrence"),

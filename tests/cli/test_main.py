@@ -13,7 +13,7 @@ import dsv4_hal
 from dsv4_hal.cli import app
 
 Tool = Callable[..., Any]
-VERBS = ("backends", "explain", "env", "info", "init", "generate", "chat", "conform", "record", "compare")
+VERBS = ("backends", "explain", "env", "info", "init", "generate", "chat", "conform", "compare", "bisect", "record")
 
 
 def test_version(tool: Tool) -> None:

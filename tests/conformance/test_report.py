@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dsv4_hal.conformance.report import Run, write
-from dsv4_hal.conformance.runner import About, Outcome
+from dsv4_hal.conformance.report import Run, jsonl, markdown, write
+from dsv4_hal.conformance.runner import About, Extent, Outcome
 from dsv4_hal.conformance.waivers import Waiver, read_waivers
 
 DAY = datetime.date(2026, 11, 25)
@@ -28,10 +28,23 @@ def a_run(*waivers: Waiver, outcomes: tuple[Outcome, ...] = (GOOD, BAD, LOST)) -
 
 
 def test_the_headline_says_first_what_is_the_backends_own() -> None:
-    assert a_run().headline == "chip: 1 native op of the 2 that ran; 3 cases: 1 agrees, 1 disagrees, 1 timeout"
+    assert a_run().headline == (
+        "chip: 1 native op of the 2 that ran; 3 cases: 1 agrees, 1 disagrees, 1 timeout; "
+        "size classes tiny, interpreted, quick, full"
+    )
     assert Run("chip", [LOST], ABOUT).headline.startswith("chip: 0 native ops of the 1 that ran; 1 cases")
     mixed = [GOOD, replace(GOOD, mode="deployed", runs_as="reference")]
     assert Run("chip", mixed, ABOUT).runs_as == {"linear": "native / reference"}
+
+
+def test_the_headline_says_what_was_not_run() -> None:
+    some = Run("chip", [GOOD], ABOUT, extent=Extent("quick", "interpreted", 220))
+    told = "size classes tiny, interpreted; 220 larger cases not run, since the backend affords interpreted at most"
+    assert some.headline.endswith(told)
+    assert told in markdown(some)
+    assert json.loads(jsonl(some).splitlines()[0])["sizes"] == {
+        "size": "quick", "affords": "interpreted", "beyond": 220, "classes": ["tiny", "interpreted"],
+    }  # fmt: skip
 
 
 def test_waivers_cover_failures_and_grow_stale() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dsv4_hal.conformance.guard import Misconduct, watch
 from dsv4_hal.conformance.runner import Job, Outcome, conform, jobs, run
 from dsv4_hal.dispatch import resolve
 from dsv4_hal.numerics import exact
-from dsv4_hal.ops import OPS
+from dsv4_hal.ops import OPS, SIZES
 
 EVIL = """
 import os, time
@@ -150,6 +151,30 @@ def test_a_device_that_is_lost_loses_no_outcome(tmp_path: Path, monkeypatch: pyt
     assert set(verdicts[first + 1 :]) == {"error"} and "fell off the bus" in outcomes[-1].message
 
 
+MODEST = """
+from dsv4_hal.backends.reference import Reference
+
+class Modest(Reference):
+    name = "modest"
+    affords = "{affords}"
+"""
+
+
+def test_a_backend_runs_what_it_affords(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path / "modest", monkeypatch, "modest", MODEST.format(affords="tiny"), "Modest")
+    work = jobs(["hc_post"], modes=["exact"])
+    assert {job.size for job in work} == {"tiny", "quick"}
+    outcomes = list(conform("modest", work))
+    assert [o.case for o in outcomes] == [job.case for job in work if job.size == "tiny"]
+    assert {o.size for o in outcomes} == {"tiny"}
+
+
+def test_a_backend_must_afford_something_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path / "modest", monkeypatch, "modest", MODEST.format(affords="all"), "Modest")
+    with pytest.raises(BackendError, match="affords 'all', which is none of tiny, interpreted, quick, full"):
+        list(conform("modest", jobs(["hc_post"])))
+
+
 SLOW = """
 import time
 from dsv4_hal.backends.reference import Reference
@@ -170,9 +195,13 @@ def test_the_time_to_make_a_backend_is_not_a_case_s(tmp_path: Path, monkeypatch:
 
 
 def test_jobs() -> None:
-    every = jobs()
+    every = jobs(size="full")
     assert {job.op for job in every} == set(OPS)
     assert len(every) == len(set(every)) == 2 * sum(len(list(spec.cases())) for spec in OPS.values())
+    for size, larger in pairwise(SIZES):  # each class with those before it
+        assert set(jobs(size=size)) <= set(jobs(size=larger))
+        assert {job.size for job in jobs(size=size)} <= set(SIZES[: SIZES.index(size) + 1])
+    assert jobs() == jobs(size="quick")
     one = jobs(["linear"], "linear[format=mxfp4,tokens=5,", ["exact"])
     assert one == [Job("linear", "linear[format=mxfp4,tokens=5,inputs=256,outputs=384]", "exact")]
 

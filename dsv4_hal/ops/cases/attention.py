@@ -20,6 +20,7 @@ from dsv4_hal.ops.cases.inputs import (
     nans,
     normal,
     pool_for,
+    size_of,
     steps,
     token_rows,
     weight,
@@ -36,10 +37,11 @@ INDEX_HEADS, HEADS, SCALE = 4, 4, 512**-0.5
 
 def index_topk() -> Cases:
     for ragged in RAGGED:
-        yield case("index_topk", _index_topk, ragged=ragged, k=8)
-        yield case("index_topk", _index_ties, ragged=ragged, k=8, scores="whole")
-    yield case("index_topk", _index_topk, ragged="chunked", k=1)
-    yield case("index_topk", _index_topk, ragged="mixed", k=512)  # far more than anyone sees
+        size = size_of(ragged, real=True)
+        yield case("index_topk", _index_topk, size, ragged=ragged, k=8)
+        yield case("index_topk", _index_ties, size, ragged=ragged, k=8, scores="whole")
+    yield case("index_topk", _index_topk, "quick", ragged="chunked", k=1)
+    yield case("index_topk", _index_topk, "quick", ragged="mixed", k=512)  # far more than anyone sees
 
 
 def _longest(batch: Batch, ratio: int) -> int:
@@ -88,15 +90,23 @@ def _index_ties(ops: Resolved, generator: torch.Generator, ragged: str, k: int, 
 def sparse_attention() -> Cases:
     for ragged in RAGGED:
         for entries in ("none", "csa", "picks", "hca"):
-            yield case("sparse_attention", _attention, ragged=ragged, entries=entries)
-    yield case("sparse_attention", _attention, ragged="chunked", entries="hca", window=128)
-    yield case("sparse_attention", _attention, ragged="mixed", entries="none", window=1)
-    yield case("sparse_attention", _attention, ragged="mixed", entries="picks", k=40)  # more than most tokens see
-    yield case("sparse_attention", _attention, ragged="mixed", entries="csa", small=True)
-    yield case("sparse_attention", _attention, ragged="decode", entries="picks", sink=12.0)  # outweighs every key
-    yield case("sparse_attention", _attention, ragged="chunked", entries="picks", q_scale=30.0)  # one key takes all
-    yield case("sparse_attention", _attention, ragged="padded", entries="picks", out=True)
-    yield case("sparse_attention", _attention, ragged="padded", entries="none", lse=False)
+            yield case("sparse_attention", _attention, size_of(ragged, real=True), ragged=ragged, entries=entries)
+    for ragged, changes in (
+        ("chunked", {"entries": "hca", "window": 128}),
+        ("mixed", {"entries": "none", "window": 1}),
+        ("mixed", {"entries": "picks", "k": 40}),  # more than most tokens see
+        ("mixed", {"entries": "csa", "small": True}),
+        ("few", {"entries": "csa", "small": True}),
+        ("few_packed", {"entries": "picks", "small": True}),
+        ("few", {"entries": "picks", "small": True, "k": 40}),
+        ("decode", {"entries": "picks", "sink": 12.0}),  # outweighs every key
+        ("few", {"entries": "picks", "small": True, "sink": 12.0}),
+        ("chunked", {"entries": "picks", "q_scale": 30.0}),  # one key takes all
+        ("padded", {"entries": "picks", "out": True}),
+        ("few", {"entries": "picks", "small": True, "out": True}),
+        ("padded", {"entries": "none", "lse": False}),
+    ):
+        yield case("sparse_attention", _attention, size_of(ragged), ragged=ragged, **changes)
 
 
 def _attention(

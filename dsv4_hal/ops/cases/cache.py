@@ -24,6 +24,7 @@ from dsv4_hal.ops.cases.inputs import (
     normal,
     place,
     pool_for,
+    size_of,
     steps,
     token_rows,
     weight,
@@ -48,7 +49,7 @@ def row_layout(ops: Resolved, kind: str, small: bool = False, window: int = 8) -
 
 def plan() -> Cases:
     for ragged in RAGGED:
-        yield case("plan", _plan, ragged=ragged)
+        yield case("plan", _plan, size_of(ragged), ragged=ragged)
     yield case("plan", _plan_far, position=1_000_003)
 
 
@@ -62,7 +63,7 @@ def _plan(ops: Resolved, generator: torch.Generator, ragged: str) -> Results:
 
 
 def _plan_far(ops: Resolved, generator: torch.Generator, position: int) -> Results:
-    batch = Batch(np.array([9]), np.array([position]), ops.device, slots=np.array([1]))
+    batch = Batch(np.array([8]), np.array([position]), ops.device, slots=np.array([1]))
     return _planned(ops.plan(batch, RATIOS, {"window": frequencies(64, 1e4)}))
 
 
@@ -81,10 +82,11 @@ def _planned(batch: Batch) -> Results:
 def kv_store() -> Cases:
     for kind in KINDS:
         for ragged in RAGGED:
-            yield case("kv_store", _kv_store, kind=kind, ragged=ragged)
-    yield case("kv_store", _kv_store, kind="window", ragged="mixed", small=True)
-    yield case("kv_store", _kv_store, kind="csa", ragged="mixed", small=True)
-    yield case("kv_store", _kv_store, kind="csa", ragged="chunked", block_tokens=128)
+            yield case("kv_store", _kv_store, size_of(ragged, real=True), kind=kind, ragged=ragged)
+    for ragged in ("few", "mixed"):
+        yield case("kv_store", _kv_store, size_of(ragged), kind="window", ragged=ragged, small=True)
+        yield case("kv_store", _kv_store, size_of(ragged), kind="csa", ragged=ragged, small=True)
+    yield case("kv_store", _kv_store, "quick", kind="csa", ragged="chunked", block_tokens=128)
 
 
 def _kv_store(
@@ -97,8 +99,8 @@ def _kv_store(
 
 def kv_load() -> Cases:
     for kind in KINDS:
-        for ragged in ("packed", "decode", "chunked", "padded"):
-            yield case("kv_load", _kv_load, kind=kind, ragged=ragged)
+        for ragged in ("packed", "decode", "chunked", "padded", "few"):
+            yield case("kv_load", _kv_load, size_of(ragged, real=True), kind=kind, ragged=ragged)
 
 
 def _kv_load(ops: Resolved, generator: torch.Generator, kind: str, ragged: str) -> Results:
@@ -208,10 +210,12 @@ def _state_reset(ops: Resolved, generator: torch.Generator, ratio: int, slot: in
 def compress() -> Cases:
     for ratio in RATIOS:
         for ragged in RAGGED:
-            yield case("compress", _compress, ratio=ratio, ragged=ragged)
-        yield case("compress", _compress, ratio=ratio, ragged="chunked", scale=40.0)  # exponentials that overflow
+            yield case("compress", _compress, size_of(ragged), ratio=ratio, ragged=ragged)
+        for ragged in ("few", "chunked"):  # exponentials that overflow
+            yield case("compress", _compress, size_of(ragged), ratio=ratio, ragged=ragged, scale=40.0)
     for ratio, first in ((4, 9), (128, 126)):  # cut back by two tokens, over the edge of a block
-        yield case("compress", _compress_rollback, ratio=ratio, first=first)
+        size = "tiny" if ratio <= 8 else "quick"
+        yield case("compress", _compress_rollback, size, ratio=ratio, first=first)
 
 
 def _compress(ops: Resolved, generator: torch.Generator, ratio: int, ragged: str, scale: float = 1.0) -> Results:
@@ -241,9 +245,9 @@ def compressor_weights(
 
 def compressor() -> Cases:
     for ratio in RATIOS:
-        for ragged in ("packed", "decode", "chunked", "padded", "none"):
-            yield case("compressor", _compressor, ratio=ratio, ragged=ragged, format="bf16")
-    yield case("compressor", _compressor, ratio=4, ragged="mixed", format="fp32")
+        for ragged in ("packed", "decode", "chunked", "padded", "none", "few"):
+            yield case("compressor", _compressor, size_of(ragged), ratio=ratio, ragged=ragged, format="bf16")
+    yield case("compressor", _compressor, "quick", ratio=4, ragged="mixed", format="fp32")
 
 
 def _compressor(ops: Resolved, generator: torch.Generator, ratio: int, ragged: str, format: str) -> Results:
@@ -261,8 +265,8 @@ def _compressor(ops: Resolved, generator: torch.Generator, ratio: int, ragged: s
 
 def compress_store() -> Cases:
     for kind in ("csa", "hca", "index"):
-        for ragged in ("packed", "mixed", "chunked", "padded"):
-            yield case("compress_store", _compress_store, kind=kind, ragged=ragged)
+        for ragged in ("packed", "mixed", "chunked", "padded", "few", "few_packed"):
+            yield case("compress_store", _compress_store, size_of(ragged, real=True), kind=kind, ragged=ragged)
 
 
 def _compress_store(ops: Resolved, generator: torch.Generator, kind: str, ragged: str) -> Results:
@@ -283,8 +287,9 @@ def _compress_store(ops: Resolved, generator: torch.Generator, kind: str, ragged
 
 def kv_norm_rope_store() -> Cases:
     for ragged in RAGGED:
-        yield case("kv_norm_rope_store", _kv_norm_rope_store, ragged=ragged)
-    yield case("kv_norm_rope_store", _kv_norm_rope_store, ragged="mixed", small=True)
+        yield case("kv_norm_rope_store", _kv_norm_rope_store, size_of(ragged, real=True), ragged=ragged)
+    for ragged in ("few", "mixed"):
+        yield case("kv_norm_rope_store", _kv_norm_rope_store, size_of(ragged), ragged=ragged, small=True)
 
 
 def _kv_norm_rope_store(ops: Resolved, generator: torch.Generator, ragged: str, small: bool = False) -> Results:

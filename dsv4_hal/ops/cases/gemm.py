@@ -35,7 +35,8 @@ def codes(q: QTensor) -> Results:
 def quantize() -> Cases:
     for name in BLOCK_FORMATS:
         for values in ("normal", "ties", "edges"):
-            yield case("quantize", _quantize, format=name, rows=130, columns=288, values=values)
+            yield case("quantize", _quantize, "quick", format=name, rows=130, columns=288, values=values)
+            yield case("quantize", _quantize, format=name, rows=6, columns=288, values=values)
         yield case("quantize", _quantize, format=name, rows=5, columns=40, values="normal")  # less than one block
         yield case("quantize", _quantize, format=name, rows=0, columns=64, values="normal")
     yield case("quantize", _quantize_strided, format="e4m3_1x128", rows=6, columns=128)
@@ -60,7 +61,8 @@ def _quantize_strided(ops: Resolved, generator: torch.Generator, format: str, ro
 def dequantize() -> Cases:
     for name in BLOCK_FORMATS:
         for dtype in ("float32", "bfloat16"):
-            yield case("dequantize", _dequantize, format=name, rows=130, columns=288, dtype=dtype)
+            yield case("dequantize", _dequantize, "quick", format=name, rows=130, columns=288, dtype=dtype)
+        yield case("dequantize", _dequantize, format=name, rows=6, columns=288, dtype="bfloat16")
     yield case("dequantize", _dequantize, format="mxfp4", rows=0, columns=64, dtype="float32")
     yield case("dequantize", _dequantize, format="fp32", rows=4, columns=64, dtype="bfloat16")
 
@@ -101,7 +103,7 @@ def grouped_linear() -> Cases:
     for name in WEIGHT_FORMATS:
         yield case("grouped_linear", _grouped, format=name, rows="3.0.5.1.0", inputs=128, outputs=96)
     yield case("grouped_linear", _grouped, format="mxfp4", rows="0.0.0", inputs=128, outputs=96)
-    yield case("grouped_linear", _grouped, format="mxfp4", rows="0.130.0", inputs=64, outputs=32)
+    yield case("grouped_linear", _grouped, "quick", format="mxfp4", rows="0.130.0", inputs=64, outputs=32)
     yield case("grouped_linear", _grouped, format="e4m3_128x128", rows="2.0.1", inputs=160, outputs=200)
     yield case("grouped_linear", _grouped, format="bf16", rows="1.2", inputs=64, outputs=32, out=True)
     yield case("grouped_linear", _grouped, format="mxfp4", rows="1.2", inputs=64, outputs=32, wide=True)

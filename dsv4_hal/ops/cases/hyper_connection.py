@@ -51,7 +51,7 @@ def _hc_pre(
 def hc_post() -> Cases:
     for tokens in TOKENS:
         yield case("hc_post", _hc_post, tokens=tokens, streams=4, width=128)
-    yield case("hc_post", _hc_post, tokens=70, streams=2, width=64)
+    yield case("hc_post", _hc_post, "quick", tokens=70, streams=2, width=64)
 
 
 def _hc_post(ops: Resolved, generator: torch.Generator, tokens: int, streams: int, width: int) -> Results:

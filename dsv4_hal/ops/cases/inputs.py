@@ -35,10 +35,10 @@ NAN = float("nan")
 MARGIN = 64  # elements in front of and behind a tensor to write to
 
 
-def case(op: str, run: Callable[..., Results], **parameters: object) -> Case:
+def case(op: str, run: Callable[..., Results], size: str = "tiny", /, **parameters: object) -> Case:
     """A case that calls run(ops, generator, **parameters), named after its parameters."""
     listed = ",".join(f"{name}={value}" for name, value in parameters.items())
-    return Case(f"{op}[{listed}]", partial(run, **parameters))
+    return Case(f"{op}[{listed}]", partial(run, **parameters), size)
 
 
 def normal(
@@ -107,6 +107,11 @@ class Ragged:
     def packed(self) -> bool:
         return not self.context
 
+    @property
+    def small(self) -> bool:
+        """Whether it lies within the bounds of the smaller size classes, its history too."""
+        return sum(self.q_lens) + self.padding <= 8 and sum(self.context) <= 256
+
 
 # Lengths lie around multiples of 4 and 128; contexts of "chunked" cut blocks of both ratios.
 RAGGED = {
@@ -120,7 +125,16 @@ RAGGED = {
     "empty": Ragged((0, 2, 0), (12, 2, 0)),
     "padded": Ragged((1, 6), (31, 2), padding=5),
     "none": Ragged((0, 0), (9, 0)),
+    "few": Ragged((1, 3, 2), (7, 0, 126), padding=1),
+    "few_packed": Ragged((5, 0, 2), padding=1),
 }
+
+
+def size_of(ragged: str, real: bool = False) -> str:
+    """Size class of a case whose step is `ragged`; real: of rows as wide as the published models'."""
+    if not RAGGED[ragged].small:
+        return "quick"
+    return "interpreted" if real else "tiny"
 
 
 def steps(

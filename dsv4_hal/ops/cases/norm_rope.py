@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def rms_norm() -> Cases:
     for weighted in (True, False):
         for tokens in TOKENS:
-            yield case("rms_norm", _norm, weighted=weighted, tokens=tokens, width=512)
+            yield case("rms_norm", _norm, "interpreted", weighted=weighted, tokens=tokens, width=512)
         for scale in (0.0, 1e-4, 1e4):  # zero: eps alone; small: eps counts
             yield case("rms_norm", _norm, weighted=weighted, tokens=3, width=128, scale=scale)
         yield case("rms_norm", _norm, weighted=weighted, tokens=3, width=100, how="strided")
@@ -48,7 +48,7 @@ def _norm(
 def rope() -> Cases:
     for inverse in (False, True):
         for tokens in TOKENS:
-            yield case("rope", _rope, tokens=tokens, heads=4, width=512, channels=64, inverse=inverse)
+            yield case("rope", _rope, "interpreted", tokens=tokens, heads=4, width=512, channels=64, inverse=inverse)
         yield case("rope", _rope, tokens=5, heads=0, width=128, channels=64, inverse=inverse)  # rows without heads
         yield case("rope", _rope, tokens=5, heads=2, width=64, channels=64, inverse=inverse)  # every channel turns
     for how in ("strided", "out", "far"):
@@ -81,7 +81,7 @@ def _rope(
 
 def hadamard() -> Cases:
     for tokens in TOKENS:
-        yield case("hadamard", _hadamard, tokens=tokens, heads=4, width=128)
+        yield case("hadamard", _hadamard, "interpreted", tokens=tokens, heads=4, width=128)
     for width in (1, 2, 64):
         yield case("hadamard", _hadamard, tokens=3, heads=1, width=width)
 
@@ -92,8 +92,8 @@ def _hadamard(ops: Resolved, generator: torch.Generator, tokens: int, heads: int
 
 def q_norm_rope() -> Cases:
     for tokens in TOKENS:
-        yield case("q_norm_rope", _q_norm_rope, tokens=tokens, heads=4, width=512, channels=64)
-    yield case("q_norm_rope", _q_norm_rope, tokens=70, heads=2, width=96, channels=32)
+        yield case("q_norm_rope", _q_norm_rope, "interpreted", tokens=tokens, heads=4, width=512, channels=64)
+    yield case("q_norm_rope", _q_norm_rope, "quick", tokens=70, heads=2, width=96, channels=32)
 
 
 def _q_norm_rope(

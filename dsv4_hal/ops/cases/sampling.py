@@ -21,11 +21,11 @@ PROBABILITIES = (0.05, 0.3, 0.1, 0.3, 0.02, 0.1, 0.08, 0.05)
 def sample() -> Cases:
     for rows in (0, 1, 5):
         yield case("sample", _greedy, rows=rows, vocabulary=50)
-    yield case("sample", _greedy, rows=40, vocabulary=6)  # mostly ties
+    yield case("sample", _greedy, "quick", rows=40, vocabulary=6)  # mostly ties
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (2.0, 0.9), (1.0, 0.65), (1.0, 0.31), (1.0, 0.29), (1.0, 1e-6)):
-        yield case("sample", _draws, temperature=temperature, top_p=top_p)
-    yield case("sample", _equal, vocabulary=200, top_p=0.0525)
-    yield case("sample", _repeat, rows=64)
+        yield case("sample", _draws, "quick", temperature=temperature, top_p=top_p)
+    yield case("sample", _equal, "quick", vocabulary=200, top_p=0.0525)
+    yield case("sample", _repeat, "quick", rows=64)
 
 
 def _greedy(ops: Resolved, generator: torch.Generator, rows: int, vocabulary: int) -> Results:
