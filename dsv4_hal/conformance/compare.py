@@ -78,19 +78,23 @@ def budget(case: Case, tolerance: Tolerance, reference32: Resolved, reference64:
     """
     if tolerance.compare is Compare.BITWISE:
         return {}
-    narrow, wide = run_case(case, reference32), run_case(case, reference64)
+    narrow, wide, numerics = run_case(case, reference32), run_case(case, reference64), reference32.numerics
+    rounded = getattr(numerics, tolerance.rounded) if tolerance.rounded else None
     return {
-        name: derive(narrow[name], wide[name], tolerance.factor, row_format(name, reference32.numerics))
+        name: derive(narrow[name], wide[name], tolerance.factor, row_format(name, numerics), rounded)
         for name in narrow
         if narrow[name].is_floating_point()
     }
 
 
-def derive(narrow: Tensor, wide: Tensor, factor: float, rows: Format | None = None) -> Budget:
+def derive(
+    narrow: Tensor, wide: Tensor, factor: float, rows: Format | None = None, rounded: torch.dtype | None = None
+) -> Budget:
     """The budget of a result: see the head of this file.
 
     narrow, wide  the reference's result in its profile, and in the widened one
     rows          what its rows were rounded to at last, where they are rows of a cache
+    rounded       dtype of its last rounding, where its own is finer
     """
     measured = measure(narrow, wide)
     if not math.isfinite(measured["nmse"]):
@@ -99,7 +103,7 @@ def derive(narrow: Tensor, wide: Tensor, factor: float, rows: Format | None = No
     norm = float(finite.norm())
     # What one element, the largest, contributes to the mean.
     alone = float(finite.abs().max()) / norm if norm else 0.0
-    eps = torch.finfo(narrow.dtype).eps
+    eps = torch.finfo(rounded or narrow.dtype).eps
     unit = eps if rows is None else max(eps, UNIT[rows.element])
     return Budget(
         max(factor * math.sqrt(measured["nmse"]), eps * math.sqrt(FLIPPED), unit * alone),

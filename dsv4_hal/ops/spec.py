@@ -56,14 +56,16 @@ class Compare(Enum):
 class Tolerance:
     """How far a backend may be from the reference.
 
-    factor  budget = factor x the reference's own error in the profile's dtypes against the same profile with float64
-            between its rounding points; unused for BITWISE
-    why     one sentence: what may legitimately differ
+    factor   budget = factor x the reference's own error in the profile's dtypes against the same profile with float64
+             between its rounding points; unused for BITWISE
+    why      one sentence: what may legitimately differ
+    rounded  field of the profile that holds the dtype of the last rounding, where the result's own dtype is finer
     """
 
     compare: Compare
     factor: float
     why: str
+    rounded: str = ""
 
 
 # Size classes of cases, each run with those before it. A backend runs those that it can afford.
