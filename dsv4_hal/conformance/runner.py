@@ -189,6 +189,7 @@ class Worker:
 
     def __init__(self, backend: str, modes: Iterable[str] = MODES) -> None:
         self.backend, self.modes = backend, tuple(modes)
+        self._gone = ""  # why the backend cannot be made again
         self.about = self._start()
 
     def __enter__(self) -> Worker:
@@ -199,7 +200,8 @@ class Worker:
 
     def produce(self, job: Job, limit: float = LIMIT) -> Produced:
         """What the backend makes of one case."""
-        return next(self.map([job], limit))[1]
+        ((_, made),) = self.map([job], limit)  # to its end: where the process was lost, the next one is made there
+        return made
 
     def map(self, work: Iterable[Job], limit: float = LIMIT) -> Iterator[tuple[Job, Produced]]:
         """What the backend makes of every job, in order; the process is some cases ahead of the caller.
@@ -209,7 +211,7 @@ class Worker:
         backend cannot be made again, they are errors.
         """
         todo, ahead = iter(work), deque[Job]()
-        while True:
+        while not self._gone:
             for job in islice(todo, AHEAD - len(ahead)):
                 ahead.append(job)
                 self._send(job)
@@ -224,13 +226,14 @@ class Worker:
                 try:
                     self._start()
                 except BackendError as gone:
-                    for job in chain(ahead, todo):
-                        yield job, Produced("", "", None, "error", f"after an earlier case was lost: {gone}")
-                    return
-                for job in ahead:
-                    self._send(job)
+                    self._gone = f"after an earlier case was lost: {gone}"
+                else:
+                    for job in ahead:
+                        self._send(job)
             else:
                 yield job, made
+        for job in chain(ahead, todo):
+            yield job, Produced("", "", None, "error", self._gone)
 
     def _start(self) -> About:
         context = multiprocessing.get_context("spawn")

@@ -14,7 +14,7 @@ from torch import Tensor
 from dsv4_hal.backend import BackendError
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.conformance.guard import Misconduct, watch
-from dsv4_hal.conformance.runner import Job, Outcome, conform, jobs, run
+from dsv4_hal.conformance.runner import Job, Outcome, Worker, conform, jobs, run
 from dsv4_hal.dispatch import resolve
 from dsv4_hal.numerics import exact
 from dsv4_hal.ops import OPS, SIZES
@@ -149,6 +149,16 @@ def test_a_device_that_is_lost_loses_no_outcome(tmp_path: Path, monkeypatch: pyt
     first = next(i for i, job in enumerate(work) if job.op == "hadamard")
     assert verdicts[first] == "crash" and set(verdicts[:first]) == {"agrees"}
     assert set(verdicts[first + 1 :]) == {"error"} and "fell off the bus" in outcomes[-1].message
+
+
+@pytest.mark.parametrize(("name", "code", "after"), [("evil", EVIL, ""), ("lost", LOST, "error")])
+def test_one_case_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str, after: str) -> None:
+    """A crash is that case's; the next ones run in a new process, or say that there is none."""
+    package(tmp_path / name, monkeypatch, name, code, name.capitalize())
+    crashing = {"evil": "unpermute", "lost": "hadamard"}[name]
+    with Worker(name, ["exact"]) as worker:
+        made = [worker.produce(jobs([op], "tokens=5", ["exact"])[0]) for op in ("linear", crashing, "linear", "linear")]
+    assert [m.verdict for m in made] == ["", "crash", after, after]
 
 
 MODEST = """
