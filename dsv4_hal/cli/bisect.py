@@ -21,10 +21,10 @@ from dsv4_hal.cli.compare import (
     Seed,
     Tokens,
     backend_names,
-    known_mode,
     script,
     telling,
 )
+from dsv4_hal.cli.conform import known_mode
 
 if TYPE_CHECKING:
     from dsv4_hal.conformance.drift import Call
@@ -67,7 +67,7 @@ def bisect(
             raise ValueError("--backend goes with --against; with --backends, the first one is compared with")
         plan = script(model, tokens, prompt, decode, chunk, seed)
         with telling() as tell:
-            found = bisect_live(model, names, known_mode(mode), plan, tell)
+            found = bisect_live(model, names, known_mode(mode) or "deployed", plan, tell)
     _show(found)
     if found.place or found.compared.failed:
         raise typer.Exit(1)

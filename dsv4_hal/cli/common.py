@@ -24,6 +24,7 @@ from dsv4_hal.numerics import Numerics, numerics_for
 from dsv4_hal.registry import FALLBACK, list_backends
 
 if TYPE_CHECKING:
+    from dsv4_hal.model.config import ModelConfig
     from dsv4_hal.model.transformer import Model
 
 KINDS = ("native", "inherited", "composite", "reference")
@@ -102,14 +103,21 @@ def model_of(run: Run) -> str:
 
 def directory_of(run: Run) -> str:
     """The run's checkpoint directory. ValueError for a preset, which has no weights."""
+    checkpoint(model_of(run))
+    return model_of(run)
+
+
+def checkpoint(model: str) -> tuple[ModelConfig, Path]:
+    """Configuration and directory of a checkpoint. ValueError for a preset, which has no weights."""
     from dsv4_hal.model.config import find_config
 
-    if find_config(model_of(run))[1] is None:
+    cfg, directory = find_config(model)
+    if directory is None:
         raise ValueError(
-            f"{run.model} is a preset: it has shapes but no weights. "
-            f"Write random ones with `dsv4-hal init --preset {run.model} --out DIR`"
+            f"{model} is a preset: it has shapes but no weights. "
+            f"Write random ones with `dsv4-hal init --preset {model} --out DIR`"
         )
-    return model_of(run)
+    return cfg, directory
 
 
 def title(model: Model) -> str:

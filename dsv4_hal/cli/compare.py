@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from dsv4_hal.cli import common
-from dsv4_hal.cli.conform import conclude, progress
+from dsv4_hal.cli.conform import conclude, known_mode, progress
 
 if TYPE_CHECKING:
     from dsv4_hal.conformance.model_compare import Compared, Tell
@@ -81,7 +81,7 @@ def compare(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     with telling() as tell:
-        found = live(model, names, known_mode(mode), plan, tell)
+        found = live(model, names, known_mode(mode) or "deployed", plan, tell)
     conclude_model(found, out)
 
 
@@ -91,12 +91,6 @@ def backend_names(text: str) -> list[str]:
     if len(names) < 2 or not all(names) or len(set(names)) != len(names):
         raise ValueError(f"--backends needs two or more different names with commas between them, got {text!r}")
     return names
-
-
-def known_mode(mode: str | None) -> str:
-    if mode not in (None, "exact", "deployed"):
-        raise ValueError(f"--mode must be exact or deployed, got {mode!r}")
-    return mode or "deployed"
 
 
 def script(
@@ -109,15 +103,9 @@ def script(
 ) -> Script:
     """What is run: the prompts given, or random tokens."""
     from dsv4_hal.conformance.replay import Script
-    from dsv4_hal.model.config import find_config
     from dsv4_hal.model.tokenizer import encode, load_tokenizer
 
-    cfg, directory = find_config(model)
-    if directory is None:
-        raise ValueError(
-            f"{model} is a preset: it has shapes but no weights. "
-            f"Write random ones with `dsv4-hal init --preset {model} --out DIR`"
-        )
+    cfg, directory = common.checkpoint(model)
     if prompt:
         if tokens is not None or seed is not None:
             raise ValueError("--prompt gives the tokens: it does not go with --tokens or --seed")

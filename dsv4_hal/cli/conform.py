@@ -100,8 +100,7 @@ def chosen_jobs(op: Sequence[str] | None, pattern: str, mode: str | None, size: 
     """The cases that the options choose. ValueError where they choose none, or name what is not there."""
     from dsv4_hal.conformance import runner
 
-    if mode not in (None, *runner.MODES):
-        raise ValueError(f"--mode must be exact or deployed, got {mode!r}")
+    known_mode(mode)
     if size not in SIZES:
         raise ValueError(f"--size must be {', '.join(SIZES[:-1])} or {SIZES[-1]}, got {size!r}")
     ops, modes = chosen_ops(op or ()), runner.MODES if mode is None else (mode,)
@@ -110,6 +109,15 @@ def chosen_jobs(op: Sequence[str] | None, pattern: str, mode: str | None, size: 
     if larger := runner.jobs(ops, pattern, modes, SIZES[-1]):
         raise ValueError(f"{larger[0].case} is larger than --size {size}: it needs --size {larger[0].size}")
     raise ValueError(f"no case has {pattern!r} in its id; conform --list shows them all")
+
+
+def known_mode(mode: str | None) -> str | None:
+    """The mode, if it is one or none. ValueError otherwise."""
+    from dsv4_hal.conformance.runner import MODES
+
+    if mode not in (None, *MODES):
+        raise ValueError(f"--mode must be {' or '.join(MODES)}, got {mode!r}")
+    return mode
 
 
 def within(backend: str, work: Sequence[Job], about: About, size: str) -> tuple[list[Job], Extent]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsv4_hal.cli.compare import Chunk, Decode, ModelDir, Prompt, Seed, Tokens, known_mode, script, telling
-from dsv4_hal.cli.conform import Limit, Mode, Op, Pattern, Size, chosen_jobs, progress, within
+from dsv4_hal.cli.compare import Chunk, Decode, ModelDir, Prompt, Seed, Tokens, script, telling
+from dsv4_hal.cli.conform import Limit, Mode, Op, Pattern, Size, chosen_jobs, known_mode, progress, within
 
 if TYPE_CHECKING:
     from dsv4_hal.conformance.replay import Script
@@ -45,7 +45,9 @@ def record(
     if model is None:
         told = _cases(out, backend, chosen_jobs(op, pattern, mode, size), size, limit)
     else:
-        told = _model(out, backend, model, known_mode(mode), script(model, tokens, prompt, decode, chunk, seed), ops)
+        told = _model(
+            out, backend, model, known_mode(mode) or "deployed", script(model, tokens, prompt, decode, chunk, seed), ops
+        )
     typer.echo(f"{out}: {told}, {out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -9,7 +9,7 @@ in mode exact only, where they agree to 1e-4 of the largest; in mode deployed th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,10 +17,12 @@ from torch import Tensor
 
 from dsv4_hal.conformance.compare import FLIPPED, UNIT, Budget, bitwise, derive, measure, nmse, row_format
 from dsv4_hal.conformance.model_run import ModelRun
-from dsv4_hal.conformance.replay import KEPT, PICKS, Seen
+from dsv4_hal.conformance.replay import PICKS, Seen, likeliest
+from dsv4_hal.conformance.runner import of_budget
 from dsv4_hal.numerics import Numerics, numerics_for
 
 FACTOR = 4.0
+NOT_FINITE = "not finite on the reference either: an earlier part is to blame"
 FREE = 1e-4  # of the largest logit, in mode exact
 
 
@@ -106,7 +108,7 @@ GOOD = ("agrees", "shown")
 
 @dataclass(frozen=True)
 class Call:
-    """A call of an op, in the step where it was worst."""
+    """A call of an op, in one step. name: as `probe.py` names it; message: what is wrong, "" if nothing."""
 
     backend: str
     step: int
@@ -187,14 +189,17 @@ def _call_share(values: Sequence[Tensor], kind: str, numerics: Numerics) -> tupl
     if kind == "picks":
         differ, allowed = 1 - _alike(got, want), 1 - _least(narrow, wide)
         return differ / allowed, differing(differ, allowed) if differ > allowed else ""
-    budget = derive(narrow, wide, FACTOR, row_format(kind, numerics))
+    try:
+        budget = derive(narrow, wide, FACTOR, row_format(kind, numerics))
+    except ValueError:
+        return math.inf, NOT_FINITE
     found = nmse(got, want, budget)
-    return (_share(found.metrics, budget) if found.metrics else math.inf), found.message
+    return of_budget(found, budget) or 0.0, found.message
 
 
 def _embed(backend: str, got: ModelRun, want: ModelRun) -> Part:
     about = Part(backend, None, None, "embed")
-    if wrong := _missing("layers.0.in", got):
+    if wrong := _missing("layers.0.in", got, want):
         return replace(about, verdict="error", message=wrong)
     a, b = (_joined(run, "layers.0.in") for run in (got, want))
     found = bitwise(a, b)
@@ -202,13 +207,12 @@ def _embed(backend: str, got: ModelRun, want: ModelRun) -> Part:
 
 
 def _part(about: Part, name: str, got: ModelRun, want: ModelRun, narrow: ModelRun, wide: ModelRun) -> Part:
-    if wrong := _missing(name, got):
+    if wrong := _missing(name, got, want, narrow, wide):
         return replace(about, verdict="error", message=wrong)
     a, b, c, d = (_joined(run, name) for run in (got, want, narrow, wide))
-    try:
-        budget = _raised(derive(c, d, FACTOR), about, want)
-    except ValueError:  # the inputs were not finite: an earlier part is to blame, and says so
-        return replace(about, verdict="error", message=f"{name}: not finite, whatever the backend")
+    if not all(t.isfinite().all() for t in (b, c, d)):
+        return replace(about, verdict="error", message=f"{name}: {NOT_FINITE}")
+    budget = _raised(derive(c, d, FACTOR), about, want)
     found = nmse(a, b, budget)
     if not found.metrics:
         return replace(about, of_budget=math.inf, verdict="disagrees", message=f"{name}: {found.message}")
@@ -222,7 +226,7 @@ def _part(about: Part, name: str, got: ModelRun, want: ModelRun, narrow: ModelRu
         worst_token=float(token.max()),
         budget_rms=budget.rms,
         budget_largest=budget.largest,
-        of_budget=_share(found.metrics, budget),
+        of_budget=of_budget(found, budget),
         verdict="agrees" if found.ok else "disagrees",
         message=f"{name}: {found.message}" if found.message else "",
     )
@@ -243,16 +247,11 @@ def _raised(budget: Budget, about: Part, want: ModelRun) -> Budget:
     return replace(budget, rms=max(budget.rms, math.sqrt(unit * eps * FLIPPED)))
 
 
-def _share(metrics: Mapping[str, float], budget: Budget) -> float:
-    shares = ((metrics["nmse"] ** 0.5, budget.rms), (metrics["max_rel"], budget.largest))
-    return max(error / most if most else (math.inf if error else 0.0) for error, most in shares)
-
-
 def _picks(
     backend: str, layer: int, kind: str, got: ModelRun, want: ModelRun, narrow: ModelRun, wide: ModelRun
 ) -> Picks:
     name, short = f"layers.{layer}.{kind}", kind.partition(".")[2]
-    if any(name not in seen for seen in got.steps):
+    if _missing(name, got, want, narrow, wide):
         return Picks(backend, layer, short, 0.0, 1.0, "error")
     agreement = _alike(_joined(got, name), _joined(want, name))
     allowed = _least(_joined(narrow, name), _joined(wide, name))
@@ -305,30 +304,26 @@ def _free(backend: str, got: ModelRun, want: ModelRun) -> Free:
 def _divergence(got: ModelRun, want: ModelRun) -> tuple[int | None, int]:
     """The number of the first greedy token that differs in any sequence, and how many were looked at. Up to there both
     have read the same tokens, so what follows on the shared tokens is what each would have decoded by itself."""
-    likeliest = [_likeliest(run) for run in (got, want)]
-    differ = (likeliest[0] != likeliest[1]).any(1).nonzero()
-    return (int(differ[0]) if len(differ) else None), len(likeliest[0])
+    a, b = (_greedy(run) for run in (got, want))
+    differ = (a != b).any(1).nonzero()
+    return (int(differ[0]) if len(differ) else None), len(a)
 
 
-def _likeliest(run: ModelRun) -> Tensor:
+def _greedy(run: ModelRun) -> Tensor:
     """[decode + 1, R] tokens that follow the prompts, and each decoded token."""
-    first = len(run.steps) - run.script.decode
-    last: list[Tensor] = []
-    latest = torch.zeros(len(run.script.prompts), dtype=torch.int64)
-    for number, (q_lens, seen) in enumerate(zip(run.script.steps, run.steps, strict=True)):
-        lengths = torch.tensor(q_lens)
-        ends = lengths.clamp(max=KEPT).cumsum(0) - 1
-        latest = torch.where(lengths > 0, seen["free"].argmax(-1)[ends.clamp(min=0)], latest)
-        if number >= first - 1:
-            last.append(latest)
-    return torch.stack(last)
+    found = [torch.zeros(len(run.script.prompts), dtype=torch.int64)]
+    for q_lens, seen in zip(run.script.steps, run.steps, strict=True):
+        found.append(likeliest(q_lens, seen["free"], found[-1]))
+    return torch.stack(found[-run.script.decode - 1 :])
 
 
-def _missing(name: str, got: ModelRun) -> str:
-    """Why a result is not there; "" if it is, in every step."""
-    for number, seen in enumerate(got.steps):
-        if name not in seen:
-            return f"{name}, step {number}: {got.errors.get(f'{number}/{name}', 'was not made')}"
+def _missing(name: str, *runs: ModelRun) -> str:
+    """Which run does not have a result, and why; "" if all have it, in every step."""
+    for run in runs:
+        for number, seen in enumerate(run.steps):
+            if name not in seen:
+                why = run.errors.get(f"{number}/{name}", "was not made")
+                return f"{name}, step {number}, on {run.backend}: {why}"
     return ""
 
 

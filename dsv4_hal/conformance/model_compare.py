@@ -41,7 +41,7 @@ def live(directory: str, backends: Sequence[str], mode: str, script: Script, tel
     base, *others = backends
     with _Runs(directory, tell) as runs:
         want = runs.record(base, mode, script)
-        narrow, wide = runs.budget()
+        narrow, wide = runs.budget(want)
         found: list[Row] = []
         known = {base: want}
         for backend in others:
@@ -59,8 +59,8 @@ def recorded(directory: str, bundle: Path, backend: str, tell: Tell) -> Compared
     """A run recorded elsewhere against a backend here."""
     with _Runs(directory, tell, bundle) as runs:
         got = runs.given
-        narrow, wide = runs.budget()
-        want = narrow if backend == FALLBACK else runs.replay(backend)
+        want = runs.replay(backend)
+        narrow, wide = runs.budget(want)
     found = list(drift.rows(got.backend, got, want, narrow, wide))
     return Compared(_head(directory, backend, [got.backend], {got.backend: got, backend: want}, got), found)
 
@@ -88,7 +88,7 @@ def bisect_live(directory: str, backends: Sequence[str], mode: str, script: Scri
     base, backend = backends
     with _Runs(directory, tell) as runs:
         want = runs.record(base, mode, script)
-        narrow, wide = runs.budget()
+        narrow, wide = runs.budget(want)
         got = runs.replay(backend)
         compared = Compared(
             _head(directory, base, [backend], {base: want, backend: got}, want),
@@ -98,7 +98,7 @@ def bisect_live(directory: str, backends: Sequence[str], mode: str, script: Scri
         if not place:
             return Bisected(compared, "", ())
         want, got = runs.replay(base, place), runs.replay(backend, place)
-        narrow, wide = runs.budget(place, narrow=want if base == FALLBACK else None)
+        narrow, wide = runs.budget(want, place)
         return Bisected(compared, place, list(drift.calls(backend, got, want, narrow, wide)))
 
 
@@ -108,8 +108,8 @@ def bisect_recorded(directory: str, bundle: Path, backend: str, tell: Tell) -> B
         got = runs.given
         if not any(got.calls):
             raise ValueError(f"{bundle} holds what parts made, not what ops made: record it with --ops")
-        narrow, wide = runs.budget("")
-        want = narrow if backend == FALLBACK else runs.replay(backend, "")
+        want = runs.replay(backend, "")
+        narrow, wide = runs.budget(want, "")
     found = list(drift.calls(got.backend, got, want, narrow, wide))
     first = next((call.name.partition("/")[0] for call in found if not call.ok), "")
     return Bisected(
@@ -163,11 +163,11 @@ class _Runs:
         finally:
             path.unlink()
 
-    def budget(self, ops: str | None = None, narrow: ModelRun | None = None) -> tuple[ModelRun, ModelRun]:
-        """The reference on what the first run saw: in its profile, and in the widened one."""
-        if narrow is None and ops is None and self.given.backend == FALLBACK:
-            narrow = self.given
-        return narrow or self.replay(FALLBACK, ops), self.replay(FALLBACK, ops, wide=True)
+    def budget(self, here: ModelRun, ops: str | None = None) -> tuple[ModelRun, ModelRun]:
+        """The reference on what the first run saw: in its profile, which may be a run made here already, and in the
+        widened one."""
+        narrow = here if here.backend == FALLBACK else self.replay(FALLBACK, ops)
+        return narrow, self.replay(FALLBACK, ops, wide=True)
 
     def _path(self) -> Path:
         return Path(self.folder.name) / f"{len(list(Path(self.folder.name).iterdir()))}.bundle"

@@ -8,7 +8,6 @@ report.md    a headline per backend, a row per part, and every failure
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from xml.etree import ElementTree
 from dsv4_hal.conformance.drift import GOOD, Part, Picks, Row
 from dsv4_hal.conformance.model_compare import Compared, headline
 from dsv4_hal.conformance.report import share, xml_text
+from dsv4_hal.conformance.runner import finite
 
 
 def write(compared: Compared, directory: Path) -> None:
@@ -35,13 +35,8 @@ def jsonl(compared: Compared) -> str:
 
 def _plain(row: Row) -> dict[str, Any]:
     """As JSON can hold it: what is not finite becomes text."""
-    told = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in asdict(row).items()}
-    return told | {"message": failure(row)}
-
-
-def failure(row: Row) -> str:
-    """What is wrong with a row; "" if nothing."""
-    return "" if row.verdict in GOOD else row.message
+    told = {k: finite(v) if isinstance(v, float) else v for k, v in asdict(row).items()}
+    return told | {"message": "" if row.verdict in GOOD else row.message}
 
 
 def junit(compared: Compared) -> ElementTree.Element:

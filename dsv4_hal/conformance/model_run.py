@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from dsv4_hal.conformance import container
 from dsv4_hal.conformance.compare import widen
 from dsv4_hal.conformance.probe import Probe
 from dsv4_hal.conformance.replay import Script, Seen, replay, run_freely
+from dsv4_hal.conformance.runner import end
 from dsv4_hal.dispatch import Resolved, select
 from dsv4_hal.environment import environment
 from dsv4_hal.numerics import numerics_for
@@ -42,7 +42,7 @@ class ModelRun:
     """A run of a model, as its file has it.
 
     model     name, layers, ratios of the layers, and a fingerprint of configuration and weights
-    profile   the numeric profile; wide: whether it was widened to float64
+    profile   the numeric profile
     ops       how each op ran
     errors    "step/name" -> why it could not be made
     steps     what was seen or made in each step
@@ -277,10 +277,7 @@ def _in_process(progress: PROGRESS | None, task: Callable[..., None], *args: Any
             f"the process of the run ended with exit code {process.exitcode} after {after:.0f} s"
         ) from None
     finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid or 0, signal.SIGKILL)
-        process.kill()
-        process.join()
+        end(process)
         here.close()
 
 

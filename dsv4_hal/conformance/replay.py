@@ -73,7 +73,7 @@ def run_freely(
     from dsv4_hal.model.step import Trace
 
     cache = model.new_cache(len(script.prompts), script.room, max_chunk=script.chunk)
-    likeliest = torch.zeros(len(script.prompts), dtype=torch.int64)
+    following = torch.zeros(len(script.prompts), dtype=torch.int64)
     for number, q_lens in enumerate(script.steps):
         at = number - (len(script.steps) - script.decode)
         if at < 0:
@@ -81,12 +81,10 @@ def run_freely(
             flat = [token for prompt in script.prompts for token in prompt[start : start + script.chunk]]
             tokens = torch.tensor(flat, dtype=torch.int64)
         else:
-            tokens = likeliest if decoded is None else decoded[at]
+            tokens = following if decoded is None else decoded[at]
         rows, trace = kept_rows(q_lens), Trace(record=keep)
         logits = model.step(tokens, cache.batch(q_lens), cache, rows=rows, trace=trace).cpu()
-        ends = torch.tensor(q_lens).clamp(max=KEPT).cumsum(0) - 1
-        new = torch.tensor(q_lens) > 0
-        likeliest = torch.where(new, logits.argmax(-1)[ends.clamp(min=0)], likeliest)
+        following = likeliest(q_lens, logits, following)
         yield {"tokens": tokens, "rows": rows, "logits": logits} | {k: _host(v) for k, v in trace.seen.items()}
 
 
@@ -95,6 +93,13 @@ def kept_rows(q_lens: Sequence[int]) -> Tensor:
     lengths = torch.tensor(q_lens)
     ends = lengths.cumsum(0)
     return torch.cat([torch.arange(int(end - min(n, KEPT)), int(end)) for end, n in zip(ends, lengths, strict=True)])
+
+
+def likeliest(q_lens: Sequence[int], logits: Tensor, before: Tensor) -> Tensor:
+    """The token [R] that follows each sequence, of the logits of its kept rows; `before` where the step had none."""
+    lengths = torch.tensor(q_lens)
+    ends = lengths.clamp(max=KEPT).cumsum(0) - 1
+    return torch.where(lengths > 0, logits.argmax(-1)[ends.clamp(min=0)], before)
 
 
 @dataclass
@@ -142,10 +147,9 @@ def replay(
         yield done
 
 
-Part = tuple[str, tuple[str, ...], Callable[[], tuple[Tensor, ...]]]
-
-
-def parts(model: Model, step: Step, given: Mapping[str, Tensor]) -> Iterator[Part]:
+def parts(
+    model: Model, step: Step, given: Mapping[str, Tensor]
+) -> Iterator[tuple[str, tuple[str, ...], Callable[[], tuple[Tensor, ...]]]]:
     """(place, names of what it makes, the part itself) in the order of the forward pass."""
 
     def embed() -> tuple[Tensor]:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,8 +80,8 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it: what is not finite becomes text."""
         plain = asdict(self)
-        plain["of_budget"] = _finite(self.of_budget)
-        plain["metrics"] = {r: {m: _finite(v) for m, v in found.items()} for r, found in self.metrics.items()}
+        plain["of_budget"] = finite(self.of_budget)
+        plain["metrics"] = {r: {m: finite(v) for m, v in found.items()} for r, found in self.metrics.items()}
         return plain
 
 
@@ -273,12 +274,16 @@ class Worker:
         raise EOFError
 
     def _end(self) -> None:
-        """The process, and whatever it has started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(cast(int, self._process.pid), signal.SIGKILL)
-        self._process.kill()
-        self._process.join()
+        end(self._process)
         self._pipe.close()
+
+
+def end(process: BaseProcess) -> None:
+    """End a process and whatever it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(cast(int, process.pid), signal.SIGKILL)
+    process.kill()
+    process.join()
 
 
 def _lost(error: Exception, seconds: float, code: int | None) -> Produced:
@@ -445,7 +450,8 @@ def _shapes(got: Results, want: Results) -> str:
     return "" if a == b else f"shapes and dtypes are {a}, expected {b}"
 
 
-def _finite(value: float | None) -> float | str | None:
+def finite(value: float | None) -> float | str | None:
+    """As JSON can hold it: infinity and NaN become text."""
     return value if value is None or math.isfinite(value) else str(value)
 
 

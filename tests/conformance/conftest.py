@@ -1,4 +1,4 @@
-"""A backend of the given code, installed as a stranger's package."""
+"""A backend of given code, installed as a stranger's package."""
 
 from __future__ import annotations
 
@@ -8,30 +8,21 @@ from pathlib import Path
 
 import pytest
 
-Install = Callable[[str], None]
-
-MODULE = """
-from dsv4_hal.backends.reference import Reference
-from dsv4_hal.conformance.mutants import _class, mutants
-
-class Vendor(Reference):
-    name = "vendor"
-
-"""
+Package = Callable[[str, str, str], None]
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """install(code): the backend `vendor`, a subclass of the reference with this body."""
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
+    """package(name, code, target): the backend `name` is the class `target` of a module with this code."""
 
-    def do(body: str) -> None:
-        site = tmp_path / "site packages"
-        facts = site / "third_vendor-1.0.dist-info"
+    def install(name: str, code: str, target: str) -> None:
+        site = tmp_path / f"site {name}"
+        facts = site / f"{name}-1.0.dist-info"
         facts.mkdir(parents=True, exist_ok=True)
-        (site / "vendor_module.py").write_text(MODULE + body)
+        (site / f"{name}_module.py").write_text(code)
         (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: third-vendor\nVersion: 1.0\n")
-        (facts / "entry_points.txt").write_text("[dsv4_hal.backends]\nvendor = vendor_module:Vendor\n")
+        (facts / "entry_points.txt").write_text(f"[dsv4_hal.backends]\n{name} = {name}_module:{target}\n")
         monkeypatch.syspath_prepend(str(site))
-        monkeypatch.delitem(sys.modules, "vendor_module", raising=False)
+        monkeypatch.delitem(sys.modules, f"{name}_module", raising=False)
 
-    return do
+    return install

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dsv4_hal.backend import BackendError
-from dsv4_hal.conformance import model_run
+from dsv4_hal.conformance import container, model_run
 from dsv4_hal.conformance.container import BundleError
 from dsv4_hal.conformance.drift import Free, Part, Picks, _alike
 from dsv4_hal.conformance.model_compare import bisect_live, bisect_recorded, first_place, live, recorded
@@ -22,9 +22,25 @@ from dsv4_hal.model.checkpoint import init_checkpoint
 from dsv4_hal.model.config import preset
 
 Install = Callable[[str], None]
+Package = Callable[[str, str, str], None]
+
+MODULE = """
+from dsv4_hal.backends.reference import Reference
+from dsv4_hal.conformance.mutants import _class, mutants
+
+class Vendor(Reference):
+    name = "vendor"
+
+"""
 
 # Longer than a chunk, so that a state is carried over; longer than the window; more entries than are picked.
 SCRIPT = Script((tuple(range(3, 143)), tuple(range(50, 91))), decode=2)
+
+
+@pytest.fixture
+def install(package: Package) -> Install:
+    """install(body): the backend `vendor`, a subclass of the reference with this body."""
+    return lambda body: package("vendor", MODULE + body, "Vendor")
 
 
 def silent(what: str) -> Callable[[int, int], None]:
@@ -147,6 +163,48 @@ def test_a_bundle_gives_the_verdicts_of_a_live_run(tiny_dir: Path, install: Inst
         bisect_recorded(str(tiny_dir), plain, "reference", silent)
     with pytest.raises(FileExistsError):
         model_run.record(moved, str(tiny_dir), "reference", "deployed", SCRIPT, progress=silent(""))
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("backend", ["reference", "vendor"])
+def test_a_bundle_is_not_its_own_baseline(tiny_dir: Path, install: Install, tmp_path: Path, backend: str) -> None:
+    """Whoever recorded it, it is compared with a run made here."""
+    install("    pass\n")
+    good, short = tmp_path / "good", Script((tuple(range(3, 20)),), 1)
+    model_run.record(good, str(tiny_dir), backend, "deployed", short, ops=True, progress=silent(""))
+
+    def changed(*parts: str) -> Path:
+        """The bundle with what a part made, or an op, made 10 % larger."""
+        header, tensors = container.read(good)
+        chosen = [name for name in tensors if all(part in name for part in parts)]
+        assert chosen
+        path = tmp_path / f"bad {len(list(tmp_path.iterdir()))}"
+        about = {key: value for key, value in header.items() if key not in ("format", "kind")}
+        container.write(path, "model", about, tensors | {name: tensors[name] * 1.1 for name in chosen})
+        return path
+
+    part, op = changed("0/layers.2.attn.out"), changed("layers.2.attn/", ":output_proj#")
+    for here in ("reference", "vendor"):
+        assert not recorded(str(tiny_dir), good, here, silent).failed
+        assert not bisect_recorded(str(tiny_dir), good, here, silent).place
+        assert "layers.2.attn" in {row.name for row in recorded(str(tiny_dir), part, here, silent).failed}
+        found = bisect_recorded(str(tiny_dir), op, here, silent)
+        assert found.place == "layers.2.attn" and found.first is not None and found.first.op == "output_proj"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_bundle_that_is_not_finite_is_judged_as_far_as_it_goes(
+    tiny_dir: Path, install: Install, tmp_path: Path
+) -> None:
+    """Behind the fault the reference gets the bundle's NaN, too, and may refuse it."""
+    install("    def swiglu(self, *args, **kwargs):\n        return super().swiglu(*args, **kwargs) * float('nan')\n")
+    path, short = tmp_path / "a.bundle", Script((tuple(range(3, 40)),), 1)
+    model_run.record(path, str(tiny_dir), "vendor", "deployed", short, ops=True, progress=silent(""))
+    verdicts = {row.name: row.verdict for row in recorded(str(tiny_dir), path, "reference", silent).rows}
+    assert verdicts["layers.0.attn"] == "agrees" and verdicts["layers.0.ffn"] == "disagrees"
+    assert verdicts["layers.1.attn"] == verdicts["head"] == "error"
+    found = bisect_recorded(str(tiny_dir), path, "reference", silent)
+    assert found.first is not None and (found.place, found.first.op) == ("layers.0.ffn", "swiglu")
 
 
 @pytest.mark.usefixtures("here")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,8 @@ from dsv4_hal.conformance.runner import Job, Outcome, Worker, conform, jobs, run
 from dsv4_hal.dispatch import resolve
 from dsv4_hal.numerics import exact
 from dsv4_hal.ops import OPS, SIZES
+
+Package = Callable[[str, str, str], None]
 
 EVIL = """
 import os, time
@@ -85,19 +86,8 @@ EXPECTED = {
 }
 
 
-def package(path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str, target: str) -> None:
-    """Install a backend of the given code."""
-    facts = path / f"{name}-1.0.dist-info"
-    facts.mkdir(parents=True)
-    (path / f"{name}_module.py").write_text(code)
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: third-vendor\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text(f"[dsv4_hal.backends]\n{name} = {name}_module:{target}\n")
-    monkeypatch.syspath_prepend(str(path))
-    monkeypatch.delitem(sys.modules, f"{name}_module", raising=False)
-
-
-def test_everything_is_reported_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package(tmp_path / "evil", monkeypatch, "evil", EVIL, "Evil")
+def test_everything_is_reported_as_what_it_is(package: Package) -> None:
+    package("evil", EVIL, "Evil")
     wanted = {"swiglu": "how=out", "embedding": "tokens=5", "unpermute": "tokens=5", "linear": "tokens=5,inputs=256"}
     wanted |= {"sparse_attention": "ragged=chunked,entries=none", "quantize": "rows=5"}
     work = []
@@ -111,8 +101,8 @@ def test_everything_is_reported_as_what_it_is(tmp_path: Path, monkeypatch: pytes
         assert message in outcomes[op].message, op
 
 
-def test_a_backend_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package(tmp_path / "fatal", monkeypatch, "fatal", "import os\nos._exit(5)\n", "Fatal")
+def test_a_backend_that_cannot_be_used(package: Package) -> None:
+    package("fatal", "import os\nos._exit(5)\n", "Fatal")
     work = jobs(["hadamard"], modes=["exact"])
     with pytest.raises(BackendError, match=r"backend fatal killed its process \(exit code 5\)"):
         list(conform("fatal", work))
@@ -140,8 +130,8 @@ class Lost(Reference):
 """
 
 
-def test_a_device_that_is_lost_loses_no_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package(tmp_path / "lost", monkeypatch, "lost", LOST, "Lost")
+def test_a_device_that_is_lost_loses_no_outcome(package: Package) -> None:
+    package("lost", LOST, "Lost")
     work = jobs(["rms_norm", "hadamard", "rope"], "tokens=5", ["exact"])
     outcomes = list(conform("lost", work))
     assert [o.case for o in outcomes] == [job.case for job in work]
@@ -152,9 +142,9 @@ def test_a_device_that_is_lost_loses_no_outcome(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("name", "code", "after"), [("evil", EVIL, ""), ("lost", LOST, "error")])
-def test_one_case_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str, after: str) -> None:
+def test_one_case_at_a_time(package: Package, name: str, code: str, after: str) -> None:
     """A crash is that case's; the next ones run in a new process, or say that there is none."""
-    package(tmp_path / name, monkeypatch, name, code, name.capitalize())
+    package(name, code, name.capitalize())
     crashing = {"evil": "unpermute", "lost": "hadamard"}[name]
     with Worker(name, ["exact"]) as worker:
         made = [worker.produce(jobs([op], "tokens=5", ["exact"])[0]) for op in ("linear", crashing, "linear", "linear")]
@@ -170,8 +160,8 @@ class Modest(Reference):
 """
 
 
-def test_a_backend_runs_what_it_affords(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package(tmp_path / "modest", monkeypatch, "modest", MODEST.format(affords="tiny"), "Modest")
+def test_a_backend_runs_what_it_affords(package: Package) -> None:
+    package("modest", MODEST.format(affords="tiny"), "Modest")
     work = jobs(["hc_post"], modes=["exact"])
     assert {job.size for job in work} == {"tiny", "quick"}
     outcomes = list(conform("modest", work))
@@ -179,8 +169,8 @@ def test_a_backend_runs_what_it_affords(tmp_path: Path, monkeypatch: pytest.Monk
     assert {o.size for o in outcomes} == {"tiny"}
 
 
-def test_a_backend_must_afford_something_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package(tmp_path / "modest", monkeypatch, "modest", MODEST.format(affords="all"), "Modest")
+def test_a_backend_must_afford_something_known(package: Package) -> None:
+    package("modest", MODEST.format(affords="all"), "Modest")
     with pytest.raises(BackendError, match="affords 'all', which is none of tiny, interpreted, quick, full"):
         list(conform("modest", jobs(["hc_post"])))
 
@@ -198,8 +188,8 @@ class Slow(Reference):
 """
 
 
-def test_the_time_to_make_a_backend_is_not_a_case_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package(tmp_path / "slow", monkeypatch, "slow", SLOW, "Slow")
+def test_the_time_to_make_a_backend_is_not_a_case_s(package: Package) -> None:
+    package("slow", SLOW, "Slow")
     outcomes = list(conform("slow", jobs(["hadamard"], "tokens=5", ["exact"]), limit=1.0))
     assert {o.verdict for o in outcomes} == {"agrees"}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import ClassVar
 
 import torch
 
@@ -30,7 +29,6 @@ class XLA(Gemm, NormRope, Attention, Moe, HyperConnection, Reference):
     name = "xla"
     device_type = "cpu"
     automatic = False  # an example, slower than the reference on a CPU: only who names it gets it
-    differentiable: ClassVar[bool] = False
 
     def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:
         super().__init__(numerics, device)

@@ -1,0 +1,82 @@
+"""`record --model`, `compare` and `bisect`, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Tool = Callable[..., Any]
+SHORT = ("--tokens", "40,9", "--decode", "1")
+
+WRONG = """
+from dsv4_hal.backends.reference import Reference
+
+class Third(Reference):
+    name = "third"
+
+    def swiglu(self, *args, **kwargs):
+        return super().swiglu(*args, **kwargs) * 1.5
+"""
+
+
+@pytest.mark.usefixtures("third")
+def test_a_wrong_backend_on_a_model(tool: Tool, tiny_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "site packages" / "third_vendor.py").write_text(WRONG)
+    done = tool("compare", "--backends", "reference,third", "--model", tiny_dir, *SHORT, "--out", tmp_path / "out")
+    assert done.code == 1, done.err
+    assert "third: layers.0.ffn: disagrees: layers.0.ffn.out: nmse" in done.out
+    assert "third against reference: 1 native ops; 17 parts, 5 wrong" in done.out
+    head, *rows = [json.loads(line) for line in (tmp_path / "out" / "model.jsonl").read_text().splitlines()]
+    assert head["steps"] == ["40+9", "1+1"]
+    assert [r["layer"] for r in rows if r.get("verdict") == "disagrees"] == [0, 1, 2, 3, 4]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.jsonl", "junit.xml", "report.md"}
+
+
+@pytest.mark.usefixtures("third")
+def test_a_bundle_is_compared_and_bisected(tool: Tool, tiny_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "site packages" / "third_vendor.py").write_text(WRONG)
+    bundle = tmp_path / "a folder" / "a.bundle"
+    done = tool("record", "--backend", "third", "--model", tiny_dir, *SHORT, "--ops", "--out", bundle)
+    assert done.code == 0 and "40 + 9 tokens and 1 decoded" in done.out, done.err
+    done = tool("bisect", "--against", bundle, "--model", tiny_dir)
+    assert done.code == 1
+    assert "first wrong op: moe_experts > swiglu in layers.0.ffn, step 0: nmse" in done.out
+    assert "alone: dsv4-hal conform --backend third -o swiglu" in done.out
+    done = tool("compare", "--against", bundle)
+    assert done.code == 2 and "holds a whole model" in done.err
+    assert tool("record", "--model", tiny_dir, "--out", bundle).code == 2
+
+
+def test_bad_input(tool: Tool, tiny_dir: Path, tmp_path: Path) -> None:
+    pair, model = ("--backends", "reference,null"), ("--model", tiny_dir)
+    for arguments, code, message in (
+        (("compare",), 2, "name what to compare"),
+        (("compare", *pair), 2, "name what to compare"),
+        (("compare", "--backends", "reference", *model), 2, "two or more different names"),
+        (("compare", "--backends", "reference,reference", *model), 2, "two or more different names"),
+        (("compare", *pair, "--model", "v4-flash"), 2, "it has shapes but no weights"),
+        (("compare", *pair, "--model", tmp_path), 2, "config.json"),
+        (("compare", *pair, *model, "--mode", "fast"), 2, "--mode must be exact or deployed"),
+        (("compare", *pair, *model, "--tokens", "9,x"), 2, "--tokens must be whole numbers"),
+        (("compare", *pair, *model, "--tokens", "9", "--prompt", "Hi"), 2, "--prompt gives the tokens"),
+        (("compare", *pair, *model, "--backend", "null"), 2, "--backend goes with --against"),
+        (("compare", "--against", tmp_path / "no", *pair), 2, "says what was run"),
+        (("compare", "--against", tmp_path / "no", *model), 2, "no such file"),
+        (("compare", "--against", tmp_path / "no", "--backend", "null"), 2, "compared with the reference"),
+        (("compare", "--backends", "nul,reference", *model), 3, "did you mean null?"),
+        (("compare", "--backends", "null,reference", *model), 3, "computes shapes, not values"),
+        (("bisect", *pair), 2, "name the model"),
+        (("bisect", *model), 2, "two or more different names"),
+        (("bisect", "--backends", "a,b,c", *model), 2, "bisect takes two backends"),
+        (("record", "--ops", "--out", tmp_path / "b"), 2, "go with --model"),
+        (("record", *model, "-o", "linear", "--out", tmp_path / "b"), 2, "a whole model is recorded whole"),
+        (("record", *model, "--tokens", "2000000", "--out", tmp_path / "b"), 2, "exceed the model's"),
+    ):
+        done = tool(*arguments)
+        assert done.code == code, (arguments, done.err)
+        assert message in done.err, (arguments, done.err)
+    assert not (tmp_path / "b").exists()
