@@ -178,7 +178,7 @@ def show_model(compared: Compared) -> None:
     console = common.console()
     for backend in compared.head["backends"]:
         table = Table(title=f"{backend} against {compared.head['baseline']}, {compared.head['mode']}")
-        for title in ("part", "error", "median token", "worst token", "of budget", "verdict"):
+        for title in ("part", "error", "median", "worst token", "of budget", "verdict"):
             table.add_column(title, no_wrap=True)
         for row in compared.rows:
             if isinstance(row, Part) and row.backend == backend:

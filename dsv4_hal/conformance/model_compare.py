@@ -203,7 +203,9 @@ def headline(compared: Compared) -> Iterator[str]:
         own = sum(kind == "native" for kind in compared.head["ops"].get(backend, {}).values())
         shares = [row.of_budget for row in judged if row.of_budget is not None]
         free = next((row for row in mine if isinstance(row, drift.Free) and row.top1 is not None), None)
-        text = f"{backend} against {base}: {own} native ops; {len(judged)} parts, {len(bad)} wrong"
+        text = (
+            f"{backend} against {base}: {own} native op{'' if own == 1 else 's'}; {len(judged)} parts, {len(bad)} wrong"
+        )
         if shares:
             text += f", worst at {max(shares):.2f} of its budget"
         if free is not None:

@@ -29,7 +29,7 @@ def test_a_wrong_backend_on_a_model(tool: Tool, tiny_dir: Path, tmp_path: Path) 
     done = tool("compare", "--backends", "reference,third", "--model", tiny_dir, *SHORT, "--out", tmp_path / "out")
     assert done.code == 1, done.err
     assert "third: layers.0.ffn: disagrees: layers.0.ffn.out: nmse" in done.out
-    assert "third against reference: 1 native ops; 17 parts, 5 wrong" in done.out
+    assert "third against reference: 1 native op; 17 parts, 5 wrong" in done.out
     head, *rows = [json.loads(line) for line in (tmp_path / "out" / "model.jsonl").read_text().splitlines()]
     assert head["steps"] == ["40+9", "1+1"]
     assert [r["layer"] for r in rows if r.get("verdict") == "disagrees"] == [0, 1, 2, 3, 4]

@@ -1,0 +1,1 @@
+pytest_plugins = ["dsv4_hal.pytest_plugin"]

@@ -1,0 +1,5 @@
+from dsv4_hal.conformance.runner import Outcome
+
+
+def test_contract(conformance_outcome: Outcome) -> None:
+    """Every case of dsv4-hal's contract; the plugin fails those that disagree."""

@@ -1,0 +1,107 @@
+"""The plugin in a vendor's own repository: every test here is a pytest session of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+FAULTY = """
+import os, time
+from dsv4_hal.backends.reference import Reference
+
+class Faulty(Reference):
+    name = "faulty"
+
+    def hadamard(self, x):  # a case of each kind of trouble, by its width
+        width = x.shape[-1]
+        if width == 1:
+            os._exit(3)
+        if width == 2:
+            time.sleep(60)
+        return super().hadamard(x) * (1.5 if width == 64 else 1)
+"""
+FIXED, LATER, UNFIXED = "hadamard[tokens=5", "hadamard[tokens=", "hadamard[tokens=3,heads=1,width=64]"
+
+
+@pytest.fixture
+def vendor(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A vendor's repository: a backend that is installed, a conftest.py, a test."""
+    site = pytester.mkdir("site")
+    facts = site / "third_vendor-1.0.dist-info"
+    facts.mkdir()
+    (site / "faulty_module.py").write_text(FAULTY)
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: third-vendor\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[dsv4_hal.backends]\nfaulty = faulty_module:Faulty\n")
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    pytester.makeconftest('pytest_plugins = ["dsv4_hal.pytest_plugin"]')
+    pytester.makepyfile(test_contract="def test_contract(conformance_outcome):\n    assert conformance_outcome.ok\n")
+    return pytester
+
+
+def waive(vendor: pytest.Pytester, *cases: str) -> None:
+    text = "".join(f"- {{case: '{case}', reason: fixed in driver 25.3, date: 2026-11-25}}\n" for case in cases)
+    (vendor.path / "site" / "waivers.yaml").write_text(text)
+
+
+def session(vendor: pytest.Pytester, *options: str) -> pytest.RunResult:
+    return vendor.runpytest_subprocess("--dsv4-backend", "faulty", "--dsv4-mode", "exact", *options)
+
+
+def test_every_case_is_a_test(vendor: pytest.Pytester) -> None:
+    waive(vendor, UNFIXED)
+    result = session(vendor, "--dsv4-op", "hadamard", "--dsv4-limit", "4", "-v", "-rx")
+    result.assert_outcomes(passed=3, failed=2, xfailed=1)
+    for line in (
+        "::test_contract[hadamard[tokens=0,heads=4,width=128]@exact] PASSED",
+        "crash: the process ended with exit code 3",
+        'again: dsv4-hal conform --backend faulty -p "hadamard[tokens=3,heads=1,width=1]@exact"',
+        "timeout: no result after 4 s",
+        "waived 2026-11-25 (fixed in driver 25.3): y: nmse ",
+        "faulty: 1 native op of the 1 that ran; 6 cases: 3 agrees, 1 crash, 1 timeout, 1 waived; size classes",
+    ):
+        assert line in result.stdout.str(), line
+
+
+def test_stale_waivers_fail_the_session(vendor: pytest.Pytester) -> None:
+    """Under pytest-xdist too; and only where every case of a waiver ran."""
+    waive(vendor, FIXED, LATER, UNFIXED)
+    result = session(vendor, "--dsv4-op", "hadamard", "-k", "128", "-n", "2")
+    result.assert_outcomes(passed=3)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    told = [line for line in result.stdout.lines if "stale waiver" in line]
+    assert len(told) == 1 and f"stale waiver: {FIXED} of 2026-11-25: no case of it fails" in told[0]
+
+
+def test_what_does_not_run_says_why(vendor: pytest.Pytester) -> None:
+    code = FAULTY.replace('name = "faulty"', 'name = "faulty"\n    affords = "tiny"')
+    (vendor.path / "site" / "faulty_module.py").write_text(code)
+    result = session(vendor, "--dsv4-op", "hc_post", "-rs")
+    assert result.parseoutcomes().keys() == {"passed", "skipped"}
+    assert "a case of size quick: the backend affords tiny at most" in result.stdout.str()
+
+
+def test_a_backend_that_cannot_be_used_fails_every_test(vendor: pytest.Pytester) -> None:
+    (vendor.path / "site" / "faulty_module.py").write_text("raise OSError('libfaulty.so')")
+    result = session(vendor, "--dsv4-op", "hadamard")
+    result.assert_outcomes(errors=6)
+    assert "backend faulty does not load: OSError: libfaulty.so" in result.stdout.str()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ((), "name a backend: --dsv4-backend NAME, or dsv4_backend in the ini file"),
+        (("--dsv4-backend", "faulty", "--dsv4-op", "hadamart"), "no op or family is called 'hadamart'; did you mean"),
+        (("--dsv4-backend", "faulty", "--dsv4-pattern", "nothing"), "no case has 'nothing' in its id"),
+    ],
+)
+def test_no_choice_is_an_empty_one(vendor: pytest.Pytester, options: tuple[str, ...], told: str) -> None:
+    result = vendor.runpytest_inprocess(*options)
+    result.assert_outcomes(errors=1)
+    assert told in result.stdout.str() and "Traceback" not in result.stdout.str()
+
+
+def test_without_the_fixture_nothing_is_asked(vendor: pytest.Pytester) -> None:
+    vendor.makepyfile(test_contract="def test_other():\n    pass\n")
+    vendor.runpytest_inprocess().assert_outcomes(passed=1)
