@@ -52,17 +52,19 @@ class Origin:
 class Backend(Ops):
     """Base class of backends: ops (see `dsv4_hal.ops`), device, numeric profile, and verdicts.
 
-    name         what the user calls it
-    device_type  torch device it computes on by default
-    automatic    whether `backend: auto` may choose it where it is available
-    affords      the largest size class of cases that it gets through in reasonable time (`dsv4_hal.ops.SIZES`); an
-                 interpreter of kernels says "interpreted"
+    name            what the user calls it
+    device_type     torch device it computes on by default
+    automatic       whether `backend: auto` may choose it where it is available
+    affords         the largest size class of cases that it gets through in reasonable time (`dsv4_hal.ops.SIZES`):
+                    "interpreted" for kernels under an interpreter
+    differentiable  whether its ops have gradients; False for a backend that is for inference only
     """
 
     name: ClassVar[str] = ""
     device_type: ClassVar[str] = "cpu"
     automatic: ClassVar[bool] = True
     affords: ClassVar[str] = "full"
+    differentiable: ClassVar[bool] = True
 
     def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:
         verdict = self.available()

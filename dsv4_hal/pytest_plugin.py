@@ -30,6 +30,7 @@ from dsv4_hal.cli.conform import chosen_jobs
 from dsv4_hal.conformance.report import Run
 from dsv4_hal.conformance.runner import (
     DEFAULT_SIZE,
+    GRAD,
     LIMIT,
     MODES,
     About,
@@ -55,6 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--dsv4-op", action="append", metavar="OP", help="only this op, or family of ops; repeatable")
     group.addoption("--dsv4-pattern", default="", metavar="TEXT", help="only cases whose id contains this")
     group.addoption("--dsv4-mode", choices=MODES, help="only this mode; default both")
+    group.addoption("--dsv4-grad", action="store_true", help="gradients instead, in mode exact")
     group.addoption("--dsv4-size", choices=SIZES, default=DEFAULT_SIZE, help="cases up to this size class")
     group.addoption("--dsv4-limit", type=float, default=LIMIT, metavar="SECONDS", help="that a case may take")
     parser.addini("dsv4_backend", "registered backend that the contract's cases run on")
@@ -69,7 +71,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "conformance_outcome" not in metafunc.fixturenames:
         return
     _backend(metafunc.config)
-    chosen = (metafunc.config.getoption(f"dsv4_{name}") for name in ("op", "pattern", "mode", "size"))
+    chosen = (metafunc.config.getoption(f"dsv4_{name}") for name in ("op", "pattern", "mode", "size", "grad"))
     try:
         work = chosen_jobs(*chosen)
     except ValueError as error:
@@ -81,7 +83,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def conformance_worker(pytestconfig: pytest.Config) -> Iterator[Worker]:
     """The process that runs the backend's cases."""
     try:
-        worker = Worker(_backend(pytestconfig))
+        modes = (GRAD,) if pytestconfig.getoption("dsv4_grad") else MODES
+        worker = Worker(_backend(pytestconfig), modes)
         read_waivers(Path(worker.about.waivers))  # what is wrong with the file is said once
     except (BackendError, ValueError) as error:
         pytest.fail(str(error), pytrace=False)

@@ -51,14 +51,14 @@ def session(vendor: pytest.Pytester, *options: str) -> pytest.RunResult:
 def test_every_case_is_a_test(vendor: pytest.Pytester) -> None:
     waive(vendor, UNFIXED)
     result = session(vendor, "--dsv4-op", "hadamard", "--dsv4-limit", "4", "-v", "-rx")
-    result.assert_outcomes(passed=3, failed=2, xfailed=1)
+    result.assert_outcomes(passed=6, failed=2, xfailed=1)
     for line in (
         "::test_contract[hadamard[tokens=0,heads=4,width=128]@exact] PASSED",
         "crash: the process ended with exit code 3",
         'again: dsv4-hal conform --backend faulty -p "hadamard[tokens=3,heads=1,width=1]@exact"',
         "timeout: no result after 4 s",
         "waived 2026-11-25 (fixed in driver 25.3): y: nmse ",
-        "faulty: 1 native op of the 1 that ran; 6 cases: 3 agrees, 1 crash, 1 timeout, 1 waived; size classes",
+        "faulty: 1 native op of the 1 that ran; 9 cases: 6 agrees, 1 crash, 1 timeout, 1 waived; size classes",
     ):
         assert line in result.stdout.str(), line
 
@@ -67,7 +67,7 @@ def test_stale_waivers_fail_the_session(vendor: pytest.Pytester) -> None:
     """Under pytest-xdist too; and only where every case of a waiver ran."""
     waive(vendor, FIXED, LATER, UNFIXED)
     result = session(vendor, "--dsv4-op", "hadamard", "-k", "128", "-n", "2")
-    result.assert_outcomes(passed=3)
+    result.assert_outcomes(passed=4)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     told = [line for line in result.stdout.lines if "stale waiver" in line]
     assert len(told) == 1 and f"stale waiver: {FIXED} of 2026-11-25: no case of it fails" in told[0]
@@ -84,7 +84,7 @@ def test_what_does_not_run_says_why(vendor: pytest.Pytester) -> None:
 def test_a_backend_that_cannot_be_used_fails_every_test(vendor: pytest.Pytester) -> None:
     (vendor.path / "site" / "faulty_module.py").write_text("raise OSError('libfaulty.so')")
     result = session(vendor, "--dsv4-op", "hadamard")
-    result.assert_outcomes(errors=6)
+    result.assert_outcomes(errors=9)
     assert "backend faulty does not load: OSError: libfaulty.so" in result.stdout.str()
 
 

@@ -21,6 +21,7 @@ class Null(Attention, Cache, Moe, HyperConnection, NormRope, Gemm, Sampling, Bac
     name = "null"
     device_type = "meta"
     automatic = False
+    differentiable = False
 
     def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:
         super().__init__(numerics, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,16 +16,20 @@ from rich.table import Table
 
 from dsv4_hal.cli import common
 from dsv4_hal.ops import FAMILIES, OPS, SIZES
+from dsv4_hal.registry import FALLBACK
 
 if TYPE_CHECKING:
     from dsv4_hal.conformance.report import Run
-    from dsv4_hal.conformance.runner import About, Extent, Job
+    from dsv4_hal.conformance.runner import About, Extent, Job, Outcome, Worker
 
 
 Op = Annotated[list[str] | None, typer.Option("-o", "--op", help="Only this op, or family of ops.")]
-Pattern = Annotated[str, typer.Option("-p", "--pattern", help="Only cases whose id contains this.")]
+Pattern = Annotated[
+    str, typer.Option("-p", "--pattern", help="Only cases whose id contains this; or any whole id, listed or not.")
+]
 Mode = Annotated[str | None, typer.Option(help="exact or deployed; default both.")]
 Size = Annotated[str, typer.Option(help="Cases up to this size class: tiny, interpreted, quick or full.")]
+Grad = Annotated[bool, typer.Option("--grad", help="Gradients instead, in mode exact.")]
 Out = Annotated[Path | None, typer.Option(help="Write results.jsonl, junit.xml and report.md here.")]
 Limit = Annotated[float, typer.Option(help="Seconds that a case may take.", min=0.1, max=86400)]
 
@@ -36,28 +40,50 @@ def conform(
     pattern: Pattern = "",
     mode: Mode = None,
     size: Size = "quick",
+    grad: Grad = False,
     out: Out = None,
     limit: Limit = 60.0,
+    generate: Annotated[int, typer.Option(help="Draw so many cases of every op instead.", min=0, max=100000)] = 0,
+    seed: Annotated[int, typer.Option(help="Of what --generate draws.")] = 0,
+    golden: Annotated[
+        Path | None, typer.Option(help="Golden vectors, for the reference; default tests/data/tiny of the sources.")
+    ] = None,
     show_cases: Annotated[bool, typer.Option("--list", help="List the cases and run none.")] = False,
     mutants: Annotated[
         bool, typer.Option("--mutants", help="Run deliberately wrong backends: is each caught?")
     ] = False,
 ) -> None:
-    """Compare a backend with the reference on the cases of the contract; the reference with a naive float64 oracle.
+    """Compare a backend with the reference on the cases of the contract.
+
+    The reference itself is compared with a naive float64 oracle, with HF transformers, closed forms and golden vectors.
 
     Exit codes: 0 agrees, 1 disagrees, 2 usage, 3 backend unavailable, 4 a waiver is stale.
     """
     from dsv4_hal.conformance import runner
+    from dsv4_hal.conformance.answers import NOTHING, answers
     from dsv4_hal.conformance.report import Run
     from dsv4_hal.conformance.waivers import read_waivers
 
     if mutants:
-        if op or pattern or mode or out or show_cases or backend != "reference" or size != "quick":
+        if op or pattern or mode or grad or out or show_cases or golden or backend != "reference" or size != "quick":
             raise ValueError(
                 "--mutants runs all wrong backends on the cases of their ops; it goes with no other option"
             )
         raise typer.Exit(_mutants())
-    work = chosen_jobs(op, pattern, mode, size)
+    if generate and (pattern or grad or show_cases):
+        raise ValueError("--generate draws cases of its own: it does not go with -p, --grad or --list")
+    known = NOTHING
+    if backend == FALLBACK and not grad and not generate:
+        one = known_mode(mode)
+        known = answers(chosen_ops(op or ()), pattern, (one,) if one else runner.MODES, golden)
+    elif golden is not None:
+        raise ValueError("--golden goes with --backend reference, and not with --grad or --generate")
+    try:
+        work = chosen_jobs(op, pattern, mode, size, grad)
+    except ValueError:
+        if not pattern or not known:
+            raise
+        work = []  # the pattern names answers that are known beforehand, and no case
     if show_cases:
         typer.echo("\n".join(dict.fromkeys(job.case for job in work)))
         return
@@ -69,15 +95,40 @@ def conform(
     with runner.Worker(backend, runner.modes(work)) as worker:
         waivers = read_waivers(Path(worker.about.waivers))
         work, extent = within(backend, work, worker.about, size)
+        total = 2 * generate * len({job.op for job in work}) if generate else len(work)
         try:
-            with progress(len(work)) as advance:
-                for job, made in worker.map(work, limit):
-                    outcomes.append(runner.judge(backend, job, made))
+            with progress(total) as advance:
+                for outcome in (
+                    _drawn(worker, work, generate, seed, extent, limit) if generate else _listed(worker, work, limit)
+                ):
+                    outcomes.append(outcome)
                     advance()
+                outcomes += known
         except KeyboardInterrupt:
             interrupted = True
-            common.notes.print(f"[yellow]interrupted[/] after {len(outcomes)} of {len(work)} cases")
-    conclude(Run(backend, outcomes, worker.about, waivers, extent), out, interrupted)
+            common.notes.print(f"[yellow]interrupted[/] after {len(outcomes)} of {total} cases")
+    conclude(Run(backend, outcomes, worker.about, waivers, extent, known.unasked), out, interrupted)
+
+
+def _listed(worker: Worker, work: Sequence[Job], limit: float) -> Iterator[Outcome]:
+    from dsv4_hal.conformance import runner
+
+    for job, made in worker.map(work, limit):
+        yield runner.judge(worker.backend, job, made)
+
+
+def _drawn(
+    worker: Worker, work: Sequence[Job], count: int, seed: int, extent: Extent, limit: float
+) -> Iterator[Outcome]:
+    """Cases that are drawn, of the same ops and in the same modes."""
+    from dsv4_hal.conformance.generated import generate
+    from dsv4_hal.conformance.runner import modes
+
+    ops = tuple(dict.fromkeys(job.op for job in work))
+    try:
+        yield from generate(worker, ops, count, modes(work), extent.classes[-1], seed, limit)
+    except ImportError as error:
+        raise RuntimeError(f"--generate needs hypothesis: pip install 'dsv4-hal[fuzz]' ({error})") from error
 
 
 def conclude(run: Run, out: Path | None, interrupted: bool = False) -> None:
@@ -96,14 +147,23 @@ def conclude(run: Run, out: Path | None, interrupted: bool = False) -> None:
         raise typer.Exit(4)
 
 
-def chosen_jobs(op: Sequence[str] | None, pattern: str, mode: str | None, size: str) -> list[Job]:
+def chosen_jobs(op: Sequence[str] | None, pattern: str, mode: str | None, size: str, grad: bool) -> list[Job]:
     """The cases that the options choose. ValueError where they choose none, or name what is not there."""
     from dsv4_hal.conformance import runner
+    from dsv4_hal.conformance.named import split
 
     known_mode(mode)
+    if grad and mode == "deployed":
+        raise ValueError("--grad is in mode exact: mode deployed rounds, and has no gradients")
     if size not in SIZES:
         raise ValueError(f"--size must be {', '.join(SIZES[:-1])} or {SIZES[-1]}, got {size!r}")
-    ops, modes = chosen_ops(op or ()), runner.MODES if mode is None else (mode,)
+    ops = chosen_ops(op or ())
+    modes: tuple[str, ...] = (runner.GRAD,) if grad else runner.MODES if mode is None else (mode,)
+    id, _, pasted = pattern.partition("@")
+    if split(id):
+        return _pasted(id, pasted, modes, ops)
+    if grad and not (ops := [op for op in ops if OPS[op].grad]):
+        raise ValueError(f"no case of {', '.join(op or ())} has gradients")
     if work := runner.jobs(ops, pattern, modes, size):
         return work
     if larger := runner.jobs(ops, pattern, modes, SIZES[-1]):
@@ -120,12 +180,29 @@ def known_mode(mode: str | None) -> str | None:
     return mode
 
 
+def _pasted(id: str, pasted: str, modes: Sequence[str], ops: Sequence[str]) -> list[Job]:
+    """The case that a whole id names, whatever its size and whether or not it is listed: somebody saw it fail."""
+    from dsv4_hal.conformance import runner
+    from dsv4_hal.conformance.named import named, try_out
+
+    if pasted not in ("", *runner.MODES, runner.GRAD):
+        raise ValueError(f"{id}@{pasted}: a case runs in mode {', '.join(runner.MODES)} or {runner.GRAD}")
+    case, op = named(id), id.partition("[")[0]
+    try_out(case)
+    if op not in ops:
+        raise ValueError(f"{id} is a case of {op}, and -o chooses others")
+    chosen = [pasted] if pasted else modes
+    if runner.GRAD in chosen and not OPS[op].grad:
+        raise ValueError(f"{op} has no gradients")
+    return [runner.Job(op, id, mode, case.size) for mode in chosen]
+
+
 def within(backend: str, work: Sequence[Job], about: About, size: str) -> tuple[list[Job], Extent]:
     """The jobs that a backend affords, and what to tell of those that it does not. ValueError where it affords none."""
     from dsv4_hal.conformance import runner
 
     kept = runner.affordable(work, about)
-    if not kept:
+    if work and not kept:
         raise ValueError(
             f"backend {backend} affords {about.affords} cases at most, and all {len(work)} chosen are larger"
         )
@@ -159,6 +236,8 @@ def show(run: Run) -> None:
             console.print(escape(f"{outcome.id}: {told}: {outcome.message}"), soft_wrap=True, highlight=False)
     for waiver in run.stale:
         console.print(escape(f"stale waiver: {waiver.case} of {waiver.date}: no case of it fails"), soft_wrap=True)
+    for told in run.unasked:
+        console.print(escape(f"not asked: {told}"), soft_wrap=True, highlight=False)
     console.print(escape(run.headline), soft_wrap=True, highlight=False)
 
 

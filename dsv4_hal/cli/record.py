@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dsv4_hal.cli.compare import Chunk, Decode, ModelDir, Prompt, Seed, Tokens, script, telling
-from dsv4_hal.cli.conform import Limit, Mode, Op, Pattern, Size, chosen_jobs, known_mode, progress, within
+from dsv4_hal.cli.conform import Grad, Limit, Mode, Op, Pattern, Size, chosen_jobs, known_mode, progress, within
 
 if TYPE_CHECKING:
     from dsv4_hal.conformance.replay import Script
@@ -22,6 +22,7 @@ def record(
     pattern: Pattern = "",
     mode: Mode = None,
     size: Size = "quick",
+    grad: Grad = False,
     limit: Limit = 60.0,
     model: ModelDir = None,
     ops: Annotated[bool, typer.Option("--ops", help="With --model: what every op made, for bisect.")] = False,
@@ -39,11 +40,11 @@ def record(
     refuse_existing(out)
     if model is None and (ops or any(option is not None for option in (tokens, prompt, decode, chunk, seed))):
         raise ValueError("--ops, --tokens, --prompt, --decode, --chunk and --seed go with --model DIR")
-    if model is not None and (op or pattern):
-        raise ValueError("a whole model is recorded whole: --model does not go with -o or -p")
+    if model is not None and (op or pattern or grad):
+        raise ValueError("a whole model is recorded whole: --model does not go with -o, -p or --grad")
     out.parent.mkdir(parents=True, exist_ok=True)
     if model is None:
-        told = _cases(out, backend, chosen_jobs(op, pattern, mode, size), size, limit)
+        told = _cases(out, backend, chosen_jobs(op, pattern, mode, size, grad), size, limit)
     else:
         told = _model(
             out, backend, model, known_mode(mode) or "deployed", script(model, tokens, prompt, decode, chunk, seed), ops

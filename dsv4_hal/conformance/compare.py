@@ -78,7 +78,11 @@ def budget(case: Case, tolerance: Tolerance, reference32: Resolved, reference64:
     """
     if tolerance.compare is Compare.BITWISE:
         return {}
-    narrow, wide, numerics = run_case(case, reference32), run_case(case, reference64), reference32.numerics
+    return budgets(run_case(case, reference32), run_case(case, reference64), tolerance, reference32.numerics)
+
+
+def budgets(narrow: Results, wide: Results, tolerance: Tolerance, numerics: Numerics) -> dict[str, Budget]:
+    """The same, from the results of the two."""
     rounded = getattr(numerics, tolerance.rounded) if tolerance.rounded else None
     return {
         name: derive(narrow[name], wide[name], tolerance.factor, row_format(name, numerics), rounded)

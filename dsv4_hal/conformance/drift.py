@@ -212,7 +212,9 @@ def _part(about: Part, name: str, got: ModelRun, want: ModelRun, narrow: ModelRu
     a, b, c, d = (_joined(run, name) for run in (got, want, narrow, wide))
     if not all(t.isfinite().all() for t in (b, c, d)):
         return replace(about, verdict="error", message=f"{name}: {NOT_FINITE}")
-    budget = _raised(derive(c, d, FACTOR), about, want)
+    budget = derive(c, d, FACTOR)
+    if about.part == "attn":
+        budget = raised(budget, numerics_for(want.mode))
     found = nmse(a, b, budget)
     if not found.metrics:
         return replace(about, of_budget=math.inf, verdict="disagrees", message=f"{name}: {found.message}")
@@ -232,7 +234,7 @@ def _part(about: Part, name: str, got: ModelRun, want: ModelRun, narrow: ModelRu
     )
 
 
-def _raised(budget: Budget, about: Part, want: ModelRun) -> Budget:
+def raised(budget: Budget, numerics: Numerics) -> Budget:
     """An attention's budget where cache rows are rounded to few bits.
 
     Of the values that are rounded one in 64 may be off by one unit eps of the storage. That carries it over the edge
@@ -240,8 +242,7 @@ def _raised(budget: Budget, about: Part, want: ModelRun) -> Budget:
     that is u sqrt(FLIPPED eps / u), 3.9e-3 for bf16 and e4m3; a rounding that is left out is 1e-2. A few hundred tokens
     may show none of these flips while the budget is measured.
     """
-    numerics = numerics_for(want.mode)
-    if about.part != "attn" or numerics.kv is None:
+    if numerics.kv is None:
         return budget
     unit, eps = UNIT[numerics.kv.element], torch.finfo(numerics.storage).eps
     return replace(budget, rms=max(budget.rms, math.sqrt(unit * eps * FLIPPED)))

@@ -118,7 +118,7 @@ def read(path: Path) -> ModelRun:
 
 def _record(report: PROGRESS, out: Path, directory: str, backend: str, mode: str, script: Script, ops: bool) -> None:
     container.refuse_existing(out)
-    model = _load(directory, backend, mode)
+    model = load(directory, backend, mode)
     _check_tokens(model, script)
     steps: list[Seen] = []
     total = len(script.steps) * (1 + ops)
@@ -140,7 +140,7 @@ def _replay(
     report: PROGRESS, out: Path, recorded: Path, directory: str, backend: str, wide: bool, ops: str | None
 ) -> None:
     given = read(recorded)
-    model = _load(directory, backend, given.mode, wide)
+    model = load(directory, backend, given.mode, wide)
     if fingerprint(directory) != given.model["fingerprint"]:
         raise ValueError(
             f"{directory} is not the model that {recorded.name} was recorded with: weights or config differ"
@@ -172,7 +172,7 @@ def _free(report: PROGRESS, model: Model, given: ModelRun, steps: Sequence[Seen]
         errors["free"] = f"{type(error).__name__}: {error}"
 
 
-def _load(directory: str, backend: str, mode: str, wide: bool = False) -> Model:
+def load(directory: str, backend: str, mode: str, wide: bool = False) -> Model:
     """As `dsv4_hal.load_model` does, but perhaps in a widened profile."""
     from dsv4_hal.model.checkpoint import load_weights
     from dsv4_hal.model.config import find_config

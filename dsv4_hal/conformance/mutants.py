@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dsv4_hal.backend import Backend
-from dsv4_hal.conformance.runner import MODES, Outcome, jobs, run
+from dsv4_hal.conformance.runner import GRAD, MODES, Outcome, jobs, run
 from dsv4_hal.formats import QTensor
 from dsv4_hal.ops import KV
 from dsv4_hal.registry import FALLBACK, backend_class
@@ -30,12 +30,13 @@ ENOUGH = 10.0  # a fault must miss its budget by so much, or fail an exact check
 
 @dataclass(frozen=True)
 class Mutant:
-    """fault: what is wrong, in words; op: the op that is wrong."""
+    """fault: what is wrong, in words; op: the op that is wrong; backward: its gradients are, and its results right."""
 
     name: str
     fault: str
     op: str
     wrong: Callable[..., Any]
+    backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def hunt(mutant: Mutant) -> Catch:
     right = backend_class(FALLBACK)
     cls = _class(mutant, right)
     best: Outcome | None = None
-    for job in jobs([mutant.op], modes=reversed(MODES)):
+    for job in jobs([mutant.op], modes=[GRAD] if mutant.backward else reversed(MODES)):
         outcome = run(cls, job)
         if not outcome.ok and (best is None or _clarity(outcome) > _clarity(best)):
             best = outcome
@@ -89,11 +90,11 @@ def _class(mutant: Mutant, right: type[Backend]) -> type[Backend]:
     return type(mutant.name, (right,), {"name": mutant.name, mutant.op: method})
 
 
-def mutant(fault: str, op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def mutant(fault: str, op: str, backward: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a mutant; its name is the function's."""
 
     def declare(wrong: Callable[..., Any]) -> Callable[..., Any]:
-        _ALL.append(Mutant(wrong.__name__, fault, op, wrong))
+        _ALL.append(Mutant(wrong.__name__, fault, op, wrong, backward))
         return wrong
 
     return declare
@@ -265,6 +266,18 @@ def index_query_unrounded(
 ) -> Any:
     bare = replace(keys, layout=replace(keys.layout, rounding=None))
     return right.index_topk(self, q, weights, bare, *args, **kwargs)
+
+
+@mutant("indexer: scores are rounded to bf16 before the best are chosen", "index_topk")
+def index_scores_rounded(
+    right: Any, self: Any, q: Tensor, weights: Tensor, keys: KV, batch: Any, k: int, *, with_scores: bool = False
+) -> Any:
+    longest = max(k, int(batch.lengths.max(initial=0)))
+    picks, scores = right.index_topk(self, q, weights, keys, batch, longest, with_scores=True)
+    by_id = picks.where(picks >= 0, longest).argsort(-1)
+    best = scores.gather(-1, by_id).bfloat16().argsort(dim=-1, descending=True, stable=True)
+    order = by_id.gather(-1, best)[:, :k]
+    return picks.gather(-1, order), scores.gather(-1, order) if with_scores else None
 
 
 # --- rotary embedding -----------------------------------------------------------------------------------------------
@@ -522,3 +535,78 @@ def top_p_ignored(
     right: Any, self: Any, logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, *args: Any
 ) -> Tensor:
     return right.sample(self, logits, temperature, 1.0, *args)
+
+
+@mutant("sampling: what top_p keeps is drawn evenly", "sample")
+def nucleus_drawn_evenly(
+    right: Any, self: Any, logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, generator: Any = None
+) -> Tensor:
+    if temperature == 0 or top_p >= 1:
+        return right.sample(self, logits, temperature, top_p, generator)
+    ranked, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    kept = (ranked.cumsum(-1) - ranked < top_p).to(ranked.dtype)
+    return torch.multinomial(torch.zeros_like(kept).scatter(-1, order, kept), 1, generator=generator)[:, 0]
+
+
+# --- gradients: the results are right -------------------------------------------------------------------------------
+
+
+def constant(t: Tensor, value: Tensor) -> Tensor:
+    """`value`, with the gradient of t."""
+    return t + (value - t).detach()
+
+
+@mutant("backward: the clamp of SwiGLU lets gradients through where it binds", "swiglu", backward=True)
+def clamp_straight_through(
+    right: Any, self: Any, gate_up: Tensor, limit: float | None, *args: Any, **kwargs: Any
+) -> Tensor:
+    if limit is None:
+        return right.swiglu(self, gate_up, limit, *args, **kwargs)
+    gate, up = gate_up.chunk(2, -1)
+    clamped = torch.cat([constant(gate, gate.clamp(max=limit)), constant(up, up.clamp(-limit, limit))], -1)
+    return right.swiglu(self, clamped, None, *args, **kwargs)
+
+
+@mutant("backward: a norm treats its statistic as a constant", "rms_norm", backward=True)
+def statistic_constant(right: Any, self: Any, x: Tensor, weight: Tensor | None, eps: float, **kwargs: Any) -> Tensor:
+    root = torch.rsqrt(x.detach().square().mean(-1, keepdim=True) + eps)
+    y = x * root if weight is None else x * root * weight
+    return constant(y, right.rms_norm(self, x, weight, eps, **kwargs))
+
+
+@mutant("backward: the last iteration of Sinkhorn is a constant factor", "hc_pre", backward=True)
+def sinkhorn_detached(
+    right: Any, self: Any, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, *args: Any
+) -> Any:
+    x, post, comb = right.hc_pre(self, streams, fn, base, scale, iters, *args)
+    if iters == 1:
+        return x, post, comb
+    _, _, before = right.hc_pre(self, streams, fn, base, scale, iters - 1, *args)
+    return x, post, constant(before * (comb / before).detach(), comb)
+
+
+@mutant("backward: the normaliser of routing weights is a constant", "route", backward=True)
+def normaliser_constant(right: Any, self: Any, logits: Tensor, k: int, scale: float, *args: Any, **kwargs: Any) -> Any:
+    ids, weights = right.route(self, logits, k, scale, *args, **kwargs)
+    score = torch.nn.functional.softplus(logits).sqrt().gather(1, ids)
+    return ids, constant(score * scale / score.sum(-1, keepdim=True).detach(), weights)
+
+
+@mutant("backward: attention gives its sink no gradient", "sparse_attention", backward=True)
+def sink_detached(right: Any, self: Any, q: Tensor, kv: KV, sink: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return right.sparse_attention(self, q, kv, sink.detach(), *args, **kwargs)
+
+
+@mutant("backward: RoPE turns gradients forwards instead of back", "rope", backward=True)
+def rope_gradient_forwards(right: Any, self: Any, x: Tensor, cos_sin: Any, inverse: bool = False, **kw: Any) -> Tensor:
+    y = right.rope(self, x, cos_sin, inverse, **kw)
+    return constant(right.rope(self, x, cos_sin, not inverse), y)
+
+
+@mutant("backward: an expert's weights get the gradient of one of its rows", "grouped_linear", backward=True)
+def last_row_only(right: Any, self: Any, rows: Tensor, w: Any, offsets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    y = right.grouped_linear(self, rows, w, offsets, *args, **kwargs)
+    still = right.grouped_linear(self, rows, replace(w, data=w.data.detach()), offsets, *args, **kwargs)
+    ends = torch.zeros(len(rows), 1, dtype=torch.bool, device=rows.device)
+    ends[offsets[1:].clamp(min=1) - 1] = True
+    return torch.where(ends, y, still)

@@ -1,14 +1,14 @@
 """A second reading of the contract, to check the reference against.
 
-`Naive` walks tokens, entries, heads and experts one by one in float64. It shares the number formats with the reference
-(they have tests of their own), the lengths of a batch and the contract's composites, and nothing else: it finds rows
-by the addressing rule, keeps whole histories in place of compressor states, and never looks into a plan's indices.
-Run it in a widened profile (`widen`): it keeps that profile's rounding points.
+`Naive` walks tokens, entries, streams and experts one by one in float64. It shares the number formats with the
+reference (they have tests of their own), the lengths of a batch and the composites of the contract, and nothing else:
+it finds rows by the addressing rule, keeps whole histories in place of compressor states, and never looks into the
+indices of a plan. Run it in a widened profile (`widen`): it keeps the rounding points of that profile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ class Naive(Backend):
         matrix, rows = formats.dequantize(w, F64), self._seen(x, w)
         y = torch.zeros(len(rows), len(matrix), dtype=F64)
         for t, row in enumerate(rows):
-            y[t] = (matrix * row).sum(1)
+            y[t] = matrix @ row
         return self._emit(y, out_dtype, out)
 
     def grouped_linear(
@@ -64,9 +64,10 @@ class Naive(Backend):
         out: Tensor | None = None,
     ) -> Tensor:
         seen, y = self._seen(rows, w), torch.zeros(len(rows), w.shape[1], dtype=F64)
-        for row in range(len(rows)):
-            expert = max(e for e in range(w.shape[0]) if offsets[e] <= row)
-            y[row] = (formats.dequantize(w[expert], F64) * seen[row]).sum(1)
+        for expert in range(w.shape[0]):
+            matrix = formats.dequantize(w[expert], F64)
+            for row in range(int(offsets[expert]), int(offsets[expert + 1])):
+                y[row] = matrix @ seen[row]
         return self._emit(y, out_dtype, out)
 
     def block_diagonal_linear(self, x: Tensor, w: Weight, *, out: Tensor | None = None) -> Tensor:
@@ -114,11 +115,10 @@ class Naive(Backend):
         self, x: Tensor, cos_sin: tuple[Tensor, Tensor], inverse: bool = False, *, out: Tensor | None = None
     ) -> Tensor:
         turn = torch.complex(cos_sin[0].to(F64), cos_sin[1].to(F64))
-        width, y = 2 * turn.shape[1], x.to(F64).clone()
-        for i in range(len(x)):
-            pairs = torch.view_as_complex(y[i, ..., x.shape[-1] - width :].reshape(-1, width // 2, 2).contiguous())
-            turned = torch.view_as_real(pairs * (turn[i].conj() if inverse else turn[i]))
-            y[i, ..., x.shape[-1] - width :] = turned.reshape(*x.shape[1:-1], width)
+        first, y = x.shape[-1] - 2 * turn.shape[1], x.to(F64).contiguous().clone()
+        for row, angle in zip(y, turn.conj() if inverse else turn, strict=True):
+            turned = torch.complex(row[..., first::2], row[..., first + 1 :: 2]) * angle
+            row[..., first::2], row[..., first + 1 :: 2] = turned.real, turned.imag
         return self._emit(y, x.dtype, out)
 
     def hadamard(self, x: Tensor) -> Tensor:
@@ -189,12 +189,10 @@ class Naive(Backend):
         picks, scores = torch.full((len(q), k), -1), torch.full((len(q), k), float("-inf"), dtype=F64)
         for t, (sequence, p) in enumerate(new_rows(batch, 1)):
             rows = self.kv_load(keys, batch, sequence, 0, (p + 1) // ratio).to(F64)
-            ranked = []
-            for s, row in enumerate(rows):
-                product = rounded((q[t] * row).sum(-1), narrow).clamp(min=0)
-                score = rounded(rounded(product * weights[t].to(F64), narrow).sum(), narrow)
-                ranked.append((-float(score), s))
-            for n, (negative, s) in enumerate(sorted(ranked)[:k]):
+            product = rounded(rows @ q[t].T, narrow).clamp(min=0)  # [entries, heads]
+            score = rounded(rounded(product * weights[t].to(F64), narrow).sum(1), narrow)
+            ranked = sorted((-value, s) for s, value in enumerate(score.tolist()))
+            for n, (negative, s) in enumerate(ranked[:k]):
                 picks[t, n], scores[t, n] = s, -negative
         return picks, scores if with_scores else None
 
@@ -212,20 +210,26 @@ class Naive(Backend):
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         y, lse = torch.zeros(q.shape, dtype=F64), torch.full(q.shape[:2], float("-inf"), dtype=F64)
+        for t, keys in enumerate(self.visible(window_kv, batch, entries, picks)):
+            score = q[t].to(F64) @ keys.T * scale  # [heads, keys]
+            peak = score.max(1, keepdim=True).values
+            p_key = (score - peak).exp()
+            denominator = p_key.sum(1, keepdim=True) + (sink[:, None].to(F64) - peak).exp()
+            y[t] = rounded(p_key, self.numerics.probs) @ keys / denominator
+            lse[t] = p_key.sum(1).log() + peak[:, 0]
+        y = self._emit(y, q.dtype, out)
+        return y, lse if return_lse else None
+
+    def visible(
+        self, window_kv: KV, batch: Batch, entries: KV | None = None, picks: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Keys [n, D] of each token: those of its window, then entries."""
         for t, (sequence, p) in enumerate(new_rows(batch, 1)):
             keys = self.kv_load(window_kv, batch, sequence, max(0, p - window_kv.layout.window + 1), p + 1)
             if entries is not None:
                 more = self.kv_load(entries, batch, sequence, 0, (p + 1) // entries.layout.ratio)
                 keys = torch.cat([keys, more if picks is None else more[picks[t][picks[t] >= 0]]])
-            keys = keys.to(F64)
-            for head in range(q.shape[1]):
-                score = (keys * q[t, head].to(F64)).sum(-1) * scale
-                p_key = (score - score.max()).exp()
-                denominator = p_key.sum() + (sink[head].to(F64) - score.max()).exp()
-                y[t, head] = (rounded(p_key, self.numerics.probs)[:, None] * keys).sum(0) / denominator
-                lse[t, head] = p_key.sum().log() + score.max()
-        y = self._emit(y, q.dtype, out)
-        return y, lse if return_lse else None
+            yield keys.to(F64)
 
     # moe
 

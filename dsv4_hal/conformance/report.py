@@ -25,13 +25,14 @@ from dsv4_hal.registry import FALLBACK
 @dataclass(frozen=True)
 class Run:
     """Outcomes of one backend, in the order they came; what it says of itself, waivers that lie beside it, which size
-    classes ran."""
+    classes ran; which oracles of the reference were not asked, and why."""
 
     backend: str
     outcomes: Sequence[Outcome]
     about: About
     waivers: Sequence[Waiver] = ()
     extent: Extent = WHOLE
+    unasked: Sequence[str] = ()
 
     @property
     def runs_as(self) -> dict[str, str]:
@@ -60,8 +61,9 @@ class Run:
         own = sum(kind == "native" for kind in self.runs_as.values())
         verdicts = Counter("waived" if self.waiver(o) else o.verdict for o in self.outcomes)
         told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
-        if self.backend == "reference":
-            own_text = "the reference, against the naive float64 oracle"
+        if self.backend == FALLBACK:
+            asked = Counter(oracle for o in self.outcomes for oracle in o.against)
+            own_text = "the reference, against " + ", ".join(f"{oracle} ({n})" for oracle, n in asked.items())
         else:
             own_text = f"{own} native op{'' if own == 1 else 's'} of the {len(self.runs_as)} that ran"
         return f"{self.backend}: {own_text}; {len(self.outcomes)} cases: {told or 'none'}; {self.extent}"
@@ -70,7 +72,7 @@ class Run:
 def rows(run: Run) -> list[dict[str, Any]]:
     """A row per op that ran: op, how it runs, cases, failures, the worst share of a budget, and the first failure."""
     out = []
-    for op in OPS:
+    for op in dict.fromkeys([*OPS, *(o.op for o in run.outcomes)]):  # whole models come last
         mine = [o for o in run.outcomes if o.op == op]
         if mine:
             failed = [o for o in mine if not o.ok]
@@ -102,6 +104,7 @@ def jsonl(run: Run) -> str:
         "run": run.backend,
         "headline": run.headline,
         "ops": run.runs_as,
+        "unasked": list(run.unasked),
         "sizes": asdict(run.extent) | {"classes": run.extent.classes},
         "profiles": run.about.profiles,
         "environment": run.about.environment,
@@ -142,6 +145,8 @@ def markdown(run: Run) -> str:
         if chosen:
             lines += ["", f"## {title}", ""]
             lines += [f"- `{o.id}` {o.verdict}: {o.message}" for o in chosen]
+    if run.unasked:
+        lines += ["", "## Oracles that were not asked", "", *(f"- {told}" for told in run.unasked)]
     if run.stale:
         lines += ["", "## Stale waivers", "", *(f"- `{w.case}` of {w.date}: {w.reason}" for w in run.stale)]
     return "\n".join(lines) + "\n"

@@ -26,17 +26,23 @@ from typing import Any, cast
 import torch
 
 from dsv4_hal.backend import Backend, BackendError
+from dsv4_hal.conformance import transformers_oracle
+from dsv4_hal.conformance.backward import GRADIENTS, NoGradient, compare_slopes, gradients, slope_budgets, slopes
 from dsv4_hal.conformance.compare import Budget, Comparison, Results, budget, compare, run_case, widen
+from dsv4_hal.conformance.compare import budgets as budgets_of
 from dsv4_hal.conformance.guard import Misconduct, watch
+from dsv4_hal.conformance.named import named
 from dsv4_hal.conformance.oracle import Naive
 from dsv4_hal.conformance.transport import Packed, pack, unpack
 from dsv4_hal.dispatch import Resolved, resolve, select
 from dsv4_hal.environment import Environment, environment
-from dsv4_hal.numerics import numerics_for
-from dsv4_hal.ops import OPS, SIZES, Case
+from dsv4_hal.numerics import Numerics, exact, numerics_for
+from dsv4_hal.ops import OPS, SIZES, Compare
 from dsv4_hal.registry import FALLBACK, backend_class
 
 MODES = ("exact", "deployed")
+NAIVE, SLOPES = "the naive float64 oracle", "slopes of the naive float64 oracle"
+GRAD = "exact.grad"  # gradients, in the numeric profile of mode exact
 DEFAULT_SIZE = "quick"
 STARTING = 600.0  # seconds a backend may take to be made
 LIMIT = 60.0  # seconds a case may take
@@ -53,8 +59,9 @@ class Outcome:
                raised; misconduct: it wrote where it must not; timeout; crash: it killed its process
     of_budget  the worst error of a result as a multiple of its budget; inf where an exact check fails; None where
                nothing was measured
-    metrics    result -> numbers of its comparison
+    metrics    result -> numbers of its comparison; "y by transformers 5.23.0": with a further oracle
     size       size class of the case, of `dsv4_hal.ops.SIZES`
+    against    what it was compared with: the reference; of the reference itself, every oracle
     """
 
     backend: str
@@ -68,6 +75,7 @@ class Outcome:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
     size: str = "tiny"
+    against: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -153,7 +161,7 @@ def jobs(
     contains `pattern`."""
     in_modes, sizes, chosen = tuple(modes), up_to(size), [OPS[op] for op in ops or OPS]
     cases = [(spec.name, case) for spec in chosen for case in spec.cases() if case.size in sizes]
-    every = (Job(op, case.id, mode, case.size) for op, case in cases for mode in in_modes)
+    every = (Job(op, case.id, mode, case.size) for op, case in cases for mode in in_modes if case.grad or mode != GRAD)
     return [job for job in every if pattern in job.id]
 
 
@@ -301,8 +309,10 @@ def _work(there: Connection, backend: str, modes: Sequence[str]) -> None:
         cls = backend_class(backend)
         profiles = {}
         for mode in modes:
-            select([backend], numerics_for(mode))
+            select([backend], profile(mode))
             profiles[mode] = _candidate(cls, mode).numerics.to_dict()
+        if GRAD in modes and not cls.differentiable:
+            raise BackendError(f"backend {backend} has no gradients: it says of itself that it is for inference only")
         if cls.affords not in SIZES:
             raise BackendError(f"backend {backend} affords {cls.affords!r}, which is none of {', '.join(SIZES)}")
     except BackendError as error:
@@ -315,11 +325,15 @@ def _work(there: Connection, backend: str, modes: Sequence[str]) -> None:
             there.send(produce(cls, there.recv()))
 
 
+def profile(mode: str) -> Numerics:
+    return numerics_for(mode.removesuffix(".grad"))
+
+
 @cache
 def oracles(mode: str) -> tuple[Resolved, Resolved, Resolved, Resolved]:
     """The reference in a mode's profile, in that profile widened to float64, the naive oracle, widened, and null, which
     knows what dtype each result must have."""
-    numerics = numerics_for(mode)
+    numerics = profile(mode)
     reference, null = backend_class(FALLBACK), backend_class("null")
     return (
         resolve([reference(numerics)]),
@@ -329,18 +343,13 @@ def oracles(mode: str) -> tuple[Resolved, Resolved, Resolved, Resolved]:
     )
 
 
-@cache
-def _case(op: str, id: str) -> Case:
-    return next(case for case in OPS[op].cases() if case.id == id)
-
-
 _CANDIDATES: dict[tuple[type[Backend], str], Resolved] = {}
 
 
 def _candidate(cls: type[Backend], mode: str) -> Resolved:
     """The ops that are put to the test: the backend's, with the reference behind it, watched."""
     if (cls, mode) not in _CANDIDATES:
-        first = cls(numerics_for(mode))
+        first = cls(profile(mode))
         behind = [] if cls.name == FALLBACK else [backend_class(FALLBACK)(first.numerics, first.device)]
         ops = resolve([first, *behind])
         watch(ops)
@@ -382,9 +391,11 @@ def produce(cls: type[Backend], job: Job) -> Produced:
         return Produced(runs_as, ops.device.type, results, verdict, message, round(time.monotonic() - start, 4))
 
     try:
-        return produced(pack(run_case(_case(job.op, job.case), ops)))
+        return produced(pack(results(job, ops)))
     except Misconduct as error:
         return produced(None, "misconduct", str(error))
+    except NoGradient as error:
+        return produced(None, "disagrees", str(error))
     except Exception as error:
         return produced(None, "error", _described(error))
 
@@ -408,30 +419,82 @@ def judge(backend: str, job: Job, made: Produced) -> Outcome:
         )
 
     if made.results is None:
-        return outcome(made.verdict, made.message)
+        return outcome(made.verdict, made.message, of_budget=math.inf if made.verdict == "disagrees" else None)
     elsewhere = {name: p.device for name, p in made.results.items() if p.device != made.device}
     if elsewhere:
         told = "; ".join(f"{name}: on {device}, expected {made.device}" for name, device in elsewhere.items())
         return outcome("disagrees", told, of_budget=math.inf)
-    case, spec, got = _case(job.op, job.case), OPS[job.op], unpack(made.results)
-    reference, wide, naive, null = oracles(job.mode)
+    case, got = named(job.case), unpack(made.results)
     if made.device == "meta":
-        wrong = _shapes(got, run_case(case, reference))
+        wrong = _shapes(got, run_case(case, oracles(job.mode)[0]))
         return outcome("disagrees" if wrong else "shapes", wrong)
-    want = run_case(case, naive if backend == FALLBACK else reference)
-    if backend == FALLBACK:  # the oracle computes in float64: what it returns is rounded to what an op must return
-        dtypes = {name: t.dtype for name, t in run_case(case, null).items()}
-        want = {name: value.to(dtypes[name]) for name, value in want.items()}
-    budgets = budget(case, spec.tolerance, reference, wide)
-    found = compare(got, want, spec.tolerance, budgets)
+    found, shares = dict[str, Comparison](), list[float]()
+    judged = _of_reference(job, got) if backend == FALLBACK else _of_backend(job, got)
+    against = tuple(judged)
+    for oracle, (comparisons, budgets) in judged.items():
+        for result, comparison in comparisons.items():
+            found[result if oracle == against[0] else f"{result} by {oracle}"] = comparison
+            share = of_budget(comparison, budgets.get(result))
+            shares += [] if share is None else [share]
     wrong = "; ".join(f"{result}: {c.message}" for result, c in found.items() if not c.ok)
-    shares = [share for result, c in found.items() if (share := of_budget(c, budgets.get(result))) is not None]
     return outcome(
         "disagrees" if wrong else "agrees",
         wrong,
         of_budget=max(shares, default=None),
         metrics={result: c.metrics for result, c in found.items()},
+        against=against,
     )
+
+
+Judged = dict[str, tuple[dict[str, Comparison], Mapping[str, Budget]]]  # by oracle: comparisons, and their budgets
+
+
+def _of_backend(job: Job, got: Results) -> Judged:
+    """Results compared with the reference."""
+    reference, wide, _, _ = oracles(job.mode)
+    want, tolerance = results(job, reference), GRADIENTS if job.mode == GRAD else OPS[job.op].tolerance
+    exact_check = tolerance.compare is Compare.BITWISE
+    allowed = {} if exact_check else budgets_of(want, results(job, wide), tolerance, reference.numerics)
+    return {FALLBACK: (compare(got, want, tolerance, allowed), allowed)}
+
+
+def _of_reference(job: Job, got: Results) -> Judged:
+    """The reference's results compared with every oracle that knows them."""
+    case, tolerance = named(job.case), OPS[job.op].tolerance
+    reference, wide, naive, null = oracles(job.mode)
+    if job.mode == GRAD:
+        narrow = gradients(job.op, case, reference)
+        allowed = budgets_of(narrow, gradients(job.op, case, wide), GRADIENTS, reference.numerics)
+        allowed = slope_budgets(narrow, allowed)
+        return {SLOPES: (compare_slopes(case, got, slopes(job.op, case, _slow()), allowed), allowed)}
+    knowing = {NAIVE: naive}
+    if job.mode == "exact" and job.op in transformers_oracle.OPS and not transformers_oracle.missing():
+        knowing[transformers_oracle.version()] = _transformers()
+    dtypes = {name: t.dtype for name, t in run_case(case, null).items()}
+    allowed = budget(case, tolerance, reference, wide)
+    judged: Judged = {}
+    for oracle, ops in knowing.items():
+        # An oracle may compute in float64: what it returns is rounded to what an op must return.
+        want = {name: value.to(dtypes[name]) for name, value in run_case(case, ops).items()}
+        judged[oracle] = compare(got, want, tolerance, allowed), allowed
+    return judged
+
+
+def results(job: Job, ops: Resolved) -> Results:
+    """What ops make of a case: its results, or the gradients of its op."""
+    case = named(job.case)
+    return gradients(job.op, case, ops) if job.mode == GRAD else run_case(case, ops)
+
+
+@cache
+def _transformers() -> Resolved:
+    return resolve([transformers_oracle.Transformers(exact())])
+
+
+@cache
+def _slow() -> Resolved:
+    """The naive oracle in float64 throughout, between ops as well: for central differences."""
+    return resolve([Naive(exact(torch.float64))])
 
 
 def of_budget(comparison: Comparison, allowed: Budget | None) -> float | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from dsv4_hal.conformance.runner import Outcome
+from dsv4_hal.conformance.runner import GRAD, MODES, Outcome
 from dsv4_hal.ops import OPS
 
 
@@ -64,8 +64,8 @@ def _waiver(entry: object, place: str) -> Waiver:
             raise ValueError(f"{place}: {key} must be text")
     if type(entry.get("date")) is not datetime.date:  # a time of day is one too
         raise ValueError(f"{place}: date must be a day, as in 2026-11-25")
-    if entry.get("mode", "") not in ("", "exact", "deployed"):
-        raise ValueError(f"{place}: mode must be exact or deployed")
+    if entry.get("mode", "") not in ("", *MODES, GRAD):
+        raise ValueError(f"{place}: mode must be exact, deployed or {GRAD}")
     if not isinstance(entry.get("backend", ""), str):
         raise ValueError(f"{place}: backend must be text")
     return Waiver(entry["case"], entry["reason"], entry["date"], entry.get("mode", ""), entry.get("backend", ""))

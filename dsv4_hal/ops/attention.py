@@ -19,7 +19,7 @@ _PROJECT = Tolerance(Compare.NMSE, 4.0, "the order of two long sums is free")
 
 
 class Attention(Gemm, NormRope):
-    @primitive(_PICKS, cases.index_topk)
+    @primitive(_PICKS, cases.index_topk, grad=("q", "weights", "keys"))
     def index_topk(
         self, q: Tensor, weights: Tensor, keys: KV, batch: Batch, k: int, *, with_scores: bool = False
     ) -> tuple[Tensor, Tensor | None]:
@@ -47,7 +47,7 @@ class Attention(Gemm, NormRope):
             raise ContractError(f"index_topk: k {k} must be positive and keys compressed (ratio {keys.layout.ratio})")
         require_rows("index_topk", keys, batch)
 
-    @primitive(_ATTENTION, cases.sparse_attention)
+    @primitive(_ATTENTION, cases.sparse_attention, grad=("q", "window_kv", "sink", "entries"))
     def sparse_attention(
         self,
         q: Tensor,
@@ -99,7 +99,7 @@ class Attention(Gemm, NormRope):
                 require_rows("sparse_attention", kv, batch)
         check_out("sparse_attention", out, q.shape, q.dtype)
 
-    @composite(_PROJECT, cases.output_proj)
+    @composite(_PROJECT, cases.output_proj, grad=("x", "wo_a", "wo_b"))
     def output_proj(self, x: Tensor, cos_sin: CosSin, wo_a: Weight, wo_b: Weight) -> Tensor:
         """Attention output to the residual width: x [T, H, D] -> [T, d].
 

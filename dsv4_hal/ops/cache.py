@@ -70,7 +70,7 @@ class Cache(Gemm, NormRope):
             if ratio < 2 or (batch.token_table is not None and batch.block_tokens % ratio):
                 raise ContractError(f"plan: ratio {ratio} does not divide a block of {batch.block_tokens} tokens")
 
-    @primitive(_ROWS, cases.kv_store)
+    @primitive(_ROWS, cases.kv_store, grad=("rows",))
     def kv_store(self, rows: Tensor, layout: RowLayout, batch: Batch, pool: KV | None = None) -> KV:
         """Round rows [N, dim] to the layout's row format and keep them.
 
@@ -142,7 +142,7 @@ class Cache(Gemm, NormRope):
         if not 0 <= slot < state.shape[0]:
             raise ContractError(f"state_reset: slot {slot} of {state.shape[0]}")
 
-    @primitive(_COMPRESS, cases.compress)
+    @primitive(_COMPRESS, cases.compress, grad=("kv", "gate", "ape"))
     def compress(
         self,
         kv: Tensor,
@@ -177,7 +177,7 @@ class Cache(Gemm, NormRope):
         if (state is None) == batch.cached:
             raise ContractError("compress: a cached batch needs a state, and only a cached one")
 
-    @composite(_COMPRESS, cases.compressor)
+    @composite(_COMPRESS, cases.compressor, grad=("x", "weights"))
     def compressor(
         self,
         x: Tensor,
@@ -200,7 +200,7 @@ class Cache(Gemm, NormRope):
             return entries.to(self.numerics.storage)
         return self.rope(self.rms_norm(entries.to(self.numerics.storage), weights.norm, eps), cos_sin)
 
-    @composite(_COMPRESS, cases.compress_store)
+    @composite(_COMPRESS, cases.compress_store, grad=("x", "weights"))
     def compress_store(
         self,
         x: Tensor,
@@ -220,7 +220,7 @@ class Cache(Gemm, NormRope):
             return pool
         return self.kv_store(self.hadamard(entries) if rotate else entries, layout, batch, pool)
 
-    @composite(_NORM_ROWS, cases.kv_norm_rope_store)
+    @composite(_NORM_ROWS, cases.kv_norm_rope_store, grad=("kv", "weight"))
     def kv_norm_rope_store(
         self, kv: Tensor, weight: Tensor, eps: float, cos_sin: CosSin, layout: RowLayout, batch: Batch, pool: KV | None
     ) -> KV:

@@ -33,7 +33,7 @@ class Gemm(Family):
         if not dtype.is_floating_point:
             raise ContractError(f"dequantize: dtype must be floating, got {dtype}")
 
-    @primitive(_GEMM, cases.linear)
+    @primitive(_GEMM, cases.linear, grad=("x", "w"))
     def linear(
         self, x: Tensor | QTensor, w: Weight, out_dtype: torch.dtype | None = None, *, out: Tensor | None = None
     ) -> Tensor:
@@ -56,7 +56,7 @@ class Gemm(Family):
             check_dtype("linear", "x", x, self.numerics.storage)
         check_out("linear", out, (x.shape[0], w.data.shape[0]), out_dtype or self.numerics.storage)
 
-    @primitive(_GEMM, cases.grouped_linear)
+    @primitive(_GEMM, cases.grouped_linear, grad=("rows", "w"))
     def grouped_linear(
         self,
         rows: Tensor,
@@ -83,7 +83,7 @@ class Gemm(Family):
         check_dtype("grouped_linear", "rows", rows, self.numerics.storage)
         check_out("grouped_linear", out, (rows.shape[0], w.data.shape[1]), out_dtype or self.numerics.storage)
 
-    @primitive(_GEMM, cases.block_diagonal_linear)
+    @primitive(_GEMM, cases.block_diagonal_linear, grad=("x", "w"))
     def block_diagonal_linear(self, x: Tensor, w: Weight, *, out: Tensor | None = None) -> Tensor:
         """Group g of x times its own matrix: x [T, G, K], w [G, N, K] -> [T, G, N] in numerics.storage.
 
@@ -98,7 +98,7 @@ class Gemm(Family):
         check_dtype("block_diagonal_linear", "x", x, self.numerics.storage)
         check_out("block_diagonal_linear", out, (*x.shape[:2], w.data.shape[1]), self.numerics.storage)
 
-    @primitive(_BITS, cases.embedding)
+    @primitive(_BITS, cases.embedding, grad=("w",))
     def embedding(self, ids: Tensor, w: Weight) -> Tensor:
         """Rows of w [V, D] for ids [T] int64 -> [T, D], rounded to numerics.storage.
 

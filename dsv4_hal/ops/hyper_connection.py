@@ -12,7 +12,7 @@ _MIX = Tolerance(Compare.NMSE, 4.0, "the order of the long projection's sum and 
 
 
 class HyperConnection(NormRope):
-    @primitive(_MIX, cases.hc_pre)
+    @primitive(_MIX, cases.hc_pre, grad=("streams", "fn", "base", "scale"))
     def hc_pre(
         self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, norm_eps: float, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +39,7 @@ class HyperConnection(NormRope):
         if iters < 1:
             raise ContractError(f"hc_pre: {iters} Sinkhorn iterations, need at least 1")
 
-    @primitive(_MIX, cases.hc_post)
+    @primitive(_MIX, cases.hc_post, grad=("y", "streams", "post", "comb"))
     def hc_post(self, y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         """Mix a sub-layer's result y [T, d] back: out[k] = post[k] y + sum_j comb[j, k] streams[j] -> [T, n, d].
 
@@ -51,7 +51,7 @@ class HyperConnection(NormRope):
                 f"hc_post: y {tuple(y.shape)}, streams {(t, n, d)}, post {tuple(post.shape)}, comb {tuple(comb.shape)}"
             )
 
-    @primitive(_MIX, cases.hc_head)
+    @primitive(_MIX, cases.hc_head, grad=("streams", "fn", "base", "scale"))
     def hc_head(self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float) -> Tensor:
         """Join the streams [T, n, d] in front of the output head -> [T, d] in storage.
 
@@ -65,7 +65,7 @@ class HyperConnection(NormRope):
                 f"scale {tuple(scale.shape)}"
             )
 
-    @composite(_MIX, cases.hc_pre_norm)
+    @composite(_MIX, cases.hc_pre_norm, grad=("streams", "fn", "base", "scale", "weight"))
     def hc_pre_norm(
         self,
         streams: Tensor,

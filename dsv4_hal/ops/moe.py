@@ -19,13 +19,14 @@ _EXPERTS = Tolerance(Compare.NMSE, 4.0, _ORDERS, rounded="storage")
 
 
 class Moe(Gemm):
-    @primitive(_ROUTE, cases.route)
+    @primitive(_ROUTE, cases.route, grad=("logits",))
     def route(
         self, logits: Tensor, k: int, scale: float, bias: Tensor | None = None, picks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Experts of each token and their weights -> (ids int64 [T, k], weights [T, k] in numerics.accumulate).
 
         logits  [T, E] in numerics.accumulate; s = sqrt(softplus(logits)), softplus linear above 20
+                one of a token's picks must be above -80: further down s underflows, and has no sum to divide by
         bias    [E], added to s for choosing only (load balance), never in the weights
         picks   [T, k] int64 ids to use instead of the k best: hash routing, replay and anticipatory routing
         weights = s[ids] / sum(s[ids]) * scale: normalised once, scaled once. Best first, equal scores lower id first.
@@ -42,7 +43,7 @@ class Moe(Gemm):
         if picks is not None and (picks.shape != (logits.shape[0], k) or picks.dtype != torch.int64):
             raise ContractError(f"route: picks {picks.dtype} {tuple(picks.shape)}, need int64 {(logits.shape[0], k)}")
 
-    @primitive(_COPY, cases.permute)
+    @primitive(_COPY, cases.permute, grad=("x",))
     def permute(self, x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
         """Copy token rows into expert order -> (rows [T * k, d], offsets [E + 1] int64, order [T * k] int64).
 
@@ -53,13 +54,13 @@ class Moe(Gemm):
         if ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.dtype != torch.int64:
             raise ContractError(f"permute: ids {ids.dtype} {tuple(ids.shape)} for x {tuple(x.shape)}")
 
-    @primitive(_SUM, cases.unpermute)
+    @primitive(_SUM, cases.unpermute, grad=("rows",))
     def unpermute(self, rows: Tensor, order: Tensor, shape: tuple[int, int]) -> Tensor:
         """Sum each token's rows: rows [T * k, d] in expert order, shape (T, k) -> [T, d] in numerics.accumulate."""
         if order.shape != rows.shape[:1] or shape[0] * shape[1] != rows.shape[0]:
             raise ContractError(f"unpermute: rows {tuple(rows.shape)}, order {tuple(order.shape)}, shape {shape}")
 
-    @primitive(_SWIGLU, cases.swiglu)
+    @primitive(_SWIGLU, cases.swiglu, grad=("gate_up", "row_weight"))
     def swiglu(
         self, gate_up: Tensor, limit: float | None, row_weight: Tensor | None = None, *, out: Tensor | None = None
     ) -> Tensor:
@@ -77,7 +78,7 @@ class Moe(Gemm):
             raise ContractError(f"swiglu: row_weight {tuple(row_weight.shape)} for {gate_up.shape[0]} rows")
         check_out("swiglu", out, (gate_up.shape[0], gate_up.shape[1] // 2), self.numerics.storage)
 
-    @composite(_EXPERTS, cases.moe_experts)
+    @composite(_EXPERTS, cases.moe_experts, grad=("x", "weights", "w13", "w2"))
     def moe_experts(
         self, x: Tensor, ids: Tensor, weights: Tensor, w13: Weight, w2: Weight, limit: float | None
     ) -> Tensor:
@@ -90,7 +91,7 @@ class Moe(Gemm):
         hidden = self.swiglu(self.grouped_linear(rows, w13, offsets), limit, weights.flatten()[order])
         return self.unpermute(self.grouped_linear(hidden, w2, offsets), order, (ids.shape[0], ids.shape[1]))
 
-    @composite(_EXPERTS, cases.mlp)
+    @composite(_EXPERTS, cases.mlp, grad=("x", "w13", "w2"))
     def mlp(self, x: Tensor, w13: Weight, w2: Weight, limit: float | None) -> Tensor:
         """The shared expert: x [T, d], w13 [2 * I, d], w2 [d, I] -> [T, d] in numerics.storage."""
         return self.linear(self.swiglu(self.linear(x, w13), limit), w2)

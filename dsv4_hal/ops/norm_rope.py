@@ -15,7 +15,7 @@ _HADAMARD = Tolerance(Compare.NMSE, 4.0, "the order of the sum over channels is 
 
 
 class NormRope(Family):
-    @primitive(_NORM, cases.rms_norm)
+    @primitive(_NORM, cases.rms_norm, grad=("x", "weight"))
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float, *, out: Tensor | None = None) -> Tensor:
         """x * rsqrt(mean(x^2) + eps) * weight over the last axis: x [..., D], weight [D] -> [..., D] in x's dtype.
 
@@ -28,7 +28,7 @@ class NormRope(Family):
             raise ContractError(f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
         check_out("rms_norm", out, x.shape, x.dtype)
 
-    @primitive(_ROPE, cases.rope)
+    @primitive(_ROPE, cases.rope, grad=("x",))
     def rope(self, x: Tensor, cos_sin: CosSin, inverse: bool = False, *, out: Tensor | None = None) -> Tensor:
         """Rotate the last channels of x [N, ..., D] by per-row angles; the others pass unchanged.
 
@@ -47,7 +47,7 @@ class NormRope(Family):
             raise ContractError(f"rope: {2 * cos.shape[1]} rotary channels do not fit {x.shape[-1]}")
         check_out("rope", out, x.shape, x.dtype)
 
-    @primitive(_HADAMARD, cases.hadamard)
+    @primitive(_HADAMARD, cases.hadamard, grad=("x",))
     def hadamard(self, x: Tensor) -> Tensor:
         """x [..., D] times the Sylvester Hadamard matrix, divided by sqrt(D): orthonormal and its own inverse.
 
@@ -57,7 +57,7 @@ class NormRope(Family):
         if d < 1 or d & (d - 1):
             raise ContractError(f"hadamard: width must be a power of two, got {d}")
 
-    @composite(_NORM, cases.q_norm_rope)
+    @composite(_NORM, cases.q_norm_rope, grad=("q",))
     def q_norm_rope(self, q: Tensor, eps: float, cos_sin: CosSin) -> Tensor:
         """Per-head query norm without a weight, then RoPE: q [T, H, D] -> [T, H, D] in q's dtype."""
         return self.rope(self.rms_norm(q, None, eps), cos_sin)

@@ -5,8 +5,8 @@ An op is a method of one of the family classes in this package: a signature, a d
   arithmetic, and the reference backend's arithmetic is the op's meaning;
 - for a composite, a body that is its definition in terms of other ops; a backend may override it with a fused kernel,
   which must equal it, and then answers for the preconditions itself.
-Results are contiguous, unless the caller's own `out` is not.
-The decorator adds how results are compared, how far they may differ and why, and the cases to try.
+Tensors that an op reads may have any strides. Results are contiguous, unless the caller's own `out` is not.
+The decorator adds how results are compared, how far they may differ and why, the cases to try, and what has gradients.
 """
 
 from __future__ import annotations
@@ -80,12 +80,16 @@ SIZES = ("tiny", "interpreted", "quick", "full")
 @dataclass(frozen=True)
 class Case:
     """One call to try. `id` is unique and seeds the generator; `run` makes its inputs from the
-    generator (on the CPU), calls the op, and returns every result by name, mutated state included; `size` is one of
-    SIZES."""
+    generator (on the CPU), calls the op, and returns every result by name, mutated state included.
+
+    size  one of SIZES
+    grad  whether it is a case for the op's gradients as well
+    """
 
     id: str
     run: Callable[[Resolved, torch.Generator], dict[str, Tensor]]
     size: str = "tiny"
+    grad: bool = False
 
 
 Cases = Iterable[Case]
@@ -93,12 +97,17 @@ Cases = Iterable[Case]
 
 @dataclass(frozen=True)
 class OpSpec:
+    """grad  parameters that have gradients, in a profile that rounds nothing: from every floating result of the op to
+    every floating tensor in them, where they hold plain values (not quantised ones, and no pool). A product with a
+    padding token's row reaches the gradient of a weight: these rows must be finite where there are gradients"""
+
     name: str
     family: str
     composite: bool
     tolerance: Tolerance
     cases: Callable[[], Cases]
     definition: Callable[..., Any]
+    grad: tuple[str, ...] = ()
 
     @property
     def doc(self) -> str:
@@ -109,23 +118,28 @@ _REGISTRY: dict[str, OpSpec] = {}
 OPS: Mapping[str, OpSpec] = MappingProxyType(_REGISTRY)
 
 
-def _declare(tolerance: Tolerance, cases: Callable[[], Cases], composite: bool) -> Callable[[F], F]:
+def _declare(
+    tolerance: Tolerance, cases: Callable[[], Cases], grad: tuple[str, ...], composite: bool
+) -> Callable[[F], F]:
     def register(definition: F) -> F:
         name = definition.__name__
         if name in _REGISTRY:
             raise ValueError(f"op {name} is declared twice")
         family = definition.__module__.rsplit(".", 1)[-1]
-        _REGISTRY[name] = OpSpec(name, family, composite, tolerance, cases, definition)
+        unknown = set(grad) - set(inspect.signature(definition).parameters)
+        if unknown:
+            raise ValueError(f"op {name} has no parameter {', '.join(sorted(unknown))} to have a gradient")
+        _REGISTRY[name] = OpSpec(name, family, composite, tolerance, cases, definition, grad)
         return definition
 
     return register
 
 
-def primitive(tolerance: Tolerance, cases: Callable[[], Cases]) -> Callable[[F], F]:
-    """Declare an op whose body is its preconditions."""
-    return _declare(tolerance, cases, composite=False)
+def primitive(tolerance: Tolerance, cases: Callable[[], Cases], grad: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Declare an op whose body is its preconditions; `grad` as in OpSpec."""
+    return _declare(tolerance, cases, grad, composite=False)
 
 
-def composite(tolerance: Tolerance, cases: Callable[[], Cases]) -> Callable[[F], F]:
-    """Declare an op whose body is its definition in other ops."""
-    return _declare(tolerance, cases, composite=True)
+def composite(tolerance: Tolerance, cases: Callable[[], Cases], grad: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Declare an op whose body is its definition in other ops; `grad` as in OpSpec."""
+    return _declare(tolerance, cases, grad, composite=True)

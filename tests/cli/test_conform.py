@@ -18,14 +18,14 @@ FEW = ("-o", "swiglu", "-p", "tokens=5", "--mode", "exact")
 def test_the_reference_against_the_oracle(tool: Tool, tmp_path: Path) -> None:
     done = tool("conform", "--backend", "reference", *FEW, "--out", tmp_path / "report")
     assert done.code == 0, done.err
-    assert "reference: the reference, against the naive float64 oracle; 6 cases: 6 agrees" in done.out
+    assert "reference: the reference, against the naive float64 oracle; 8 cases: 8 agrees" in done.out
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"results.jsonl", "junit.xml", "report.md"}
 
 
 def test_null_makes_no_claim_of_agreement(tool: Tool) -> None:
     done = tool("conform", "--backend", "null", *FEW)
     assert done.code == 0, done.err
-    assert "6 cases: 6 shapes" in done.out and "agrees" not in done.out
+    assert "8 cases: 8 shapes" in done.out and "agrees" not in done.out
 
 
 MINIMAL = """
@@ -47,7 +47,7 @@ def test_a_minimal_backend_passes_and_claims_nothing(tool: Tool, tmp_path: Path)
     (site / "third_vendor.py").write_text(MINIMAL.replace("MyChip", "Third"))
     done = tool("conform", "--backend", "third", *FEW)
     assert done.code == 0, done.err
-    assert "third: 0 native ops of the 1 that ran; 6 cases: 6 agrees" in done.out
+    assert "third: 0 native ops of the 1 that ran; 8 cases: 8 agrees" in done.out
 
 
 @pytest.mark.usefixtures("third")
@@ -57,14 +57,14 @@ def test_waivers_and_exit_codes(tool: Tool, tmp_path: Path) -> None:
     arguments = ("conform", "--backend", "third", *FEW)
     wrong = tool(*arguments, "--out", tmp_path / "report")
     assert wrong.code == 1
-    assert "third: 1 native op of the 1 that ran; 6 cases: 6 disagrees" in wrong.out
+    assert "third: 1 native op of the 1 that ran; 8 cases: 8 disagrees" in wrong.out
     assert "swiglu[tokens=5,width=96,limit=None,weighted=True]@exact: disagrees: y: nmse" in wrong.out
     lines = (tmp_path / "report" / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["verdict"] for line in lines[1:]] == ["disagrees"] * 6
+    assert [json.loads(line)["verdict"] for line in lines[1:]] == ["disagrees"] * 8
     waivers = site / "waivers.yaml"
     waivers.write_text('- {case: "swiglu[", reason: off by a thousandth, date: 2026-11-25}\n')
     waived = tool(*arguments)
-    assert waived.code == 0 and "6 waived" in waived.out and "off by a thousandth" in waived.out
+    assert waived.code == 0 and "8 waived" in waived.out and "off by a thousandth" in waived.out
     (site / "third_vendor.py").write_text(MINIMAL.replace("MyChip", "Third"))
     stale = tool(*arguments)
     assert stale.code == 4 and "stale waiver: swiglu[ of 2026-11-25: no case of it fails" in stale.out
@@ -99,12 +99,31 @@ def test_size_classes(tool: Tool, tmp_path: Path) -> None:
     assert "quick" not in tool("conform", *some, "--size", "interpreted").out
     modest = tool("conform", "--backend", "third", *some)
     assert modest.code == 0
-    assert "size classes tiny; 1 larger cases not run, since the backend affords tiny at most" in modest.out
+    assert "size classes tiny; 3 larger cases not run, since the backend affords tiny at most" in modest.out
     made = tool("record", "--backend", "third", *some, "--out", tmp_path / "a.bundle")
     compared = tool("compare", "--against", tmp_path / "a.bundle")
-    assert "1 larger cases not run" in made.out and compared.out == modest.out
+    assert "3 larger cases not run" in made.out and compared.out == modest.out
     none = tool("conform", "--backend", "third", *some, "-p", "tokens=70")
     assert none.code == 2 and "third affords tiny cases at most, and all 1 chosen are larger" in none.err
+
+
+def test_gradients(tool: Tool, tmp_path: Path) -> None:
+    some = ("-o", "hadamard", "--grad")
+    done = tool("conform", *some)
+    assert done.code == 0 and "3 cases: 3 agrees" in done.out, done.err
+    made = tool("record", *some, "--out", tmp_path / "a.bundle")
+    compared = tool("compare", "--against", tmp_path / "a.bundle")
+    assert made.code == compared.code == 0 and compared.out == done.out
+    null = tool("conform", "--backend", "null", *some)
+    assert null.code == 3 and "backend null has no gradients" in null.err
+
+
+def test_drawn_cases_can_be_pasted_back(tool: Tool, tmp_path: Path) -> None:
+    done = tool("conform", "-o", "rope", "--generate", "3", "--seed", "5", "--out", tmp_path)
+    assert done.code == 0 and "6 cases: 6 agrees" in done.out, done.err
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()[1:]]
+    pasted = tool("conform", "-p", f"{lines[-1]['case']}@{lines[-1]['mode']}")
+    assert pasted.code == 0 and "1 cases: 1 agrees" in pasted.out, pasted.err
 
 
 def test_mutants(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,9 +145,21 @@ def test_mutants(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "code", "error"),
     [
         (("-o", "linaer"), 2, "no op or family is called 'linaer'; did you mean linear?"),
-        (("-p", "nothing[like=this]"), 2, "no case has 'nothing[like=this]' in its id"),
+        (("-p", "nothing[like=this]"), 2, "'nothing[like=this]' is no id of a case"),
         (("--mutants", "-o", "rope"), 2, "it goes with no other option"),
+        (("-p", "like-this"), 2, "no case has 'like-this' in its id"),
         (("--limit", "inf"), 2, "--limit"),
+        (("--grad", "--mode", "deployed"), 2, "mode deployed rounds, and has no gradients"),
+        (("--grad", "-o", "quantize"), 2, "no case of quantize has gradients"),
+        (("--grad", "-p", "plan[ratio=4]"), 2, "no case of plan has just the parameters ratio"),
+        (("--generate", "3", "--list"), 2, "it does not go with -p, --grad or --list"),
+        (("-p", "hadamard[tokens=3,heads=1,width=64]@fast"), 2, "a case runs in mode exact, deployed or exact.grad"),
+        (("-p", "hadamard[tokens=3,heads=1,width=3]"), 2, "cannot be run: ContractError: hadamard: width must be"),
+        (
+            ("-o", "rope", "-p", "hadamard[tokens=3,heads=1,width=64]"),
+            2,
+            "is a case of hadamard, and -o chooses others",
+        ),
         (("--size", "huge"), 2, "--size must be tiny, interpreted, quick or full, got 'huge'"),
         (("--size", "tiny", "-p", "hc_post[tokens=70"), 2, "is larger than --size tiny: it needs --size quick"),
         (("--mode", "fast"), 2, "--mode must be exact or deployed, got 'fast'"),

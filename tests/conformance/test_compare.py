@@ -272,7 +272,7 @@ def test_budget_has_a_floor() -> None:
 def test_budget_knows_a_rounding_in_front_of_a_finer_result() -> None:
     """moe_experts sums rows in storage and returns the accumulator's dtype: a rounding of a row that fell to the other
     side is no fault."""
-    case, tolerance = find("moe_experts[format=bf16,tokens=1,experts=12,k=3]")
+    case, tolerance = find("moe_experts[format=bf16,tokens=1,experts=8,k=3]")
     free = replace(tolerance, factor=0.0)
     assert budget(case, free, *references(deployed()))["y"].largest == torch.finfo(torch.bfloat16).eps
     assert budget(case, free, *references(exact()))["y"].largest == torch.finfo(torch.float32).eps
@@ -289,7 +289,7 @@ def test_no_case_passes_garbage(op: str, numerics: Numerics) -> None:
     """Whatever a result is, another one like it does not pass."""
     narrow, wide = references(numerics)
     spec = OPS[op]
-    for case in list(spec.cases())[::5]:
+    for case in [case for case in spec.cases() if case.size != "full"][::5]:
         want = run_case(case, narrow)
         budgets = budget(case, spec.tolerance, narrow, wide)
         assert all(c.ok for c in compare(want, want, spec.tolerance, budgets).values())
@@ -299,7 +299,7 @@ def test_no_case_passes_garbage(op: str, numerics: Numerics) -> None:
             spoiled = {**want, name: spoil(value)}
             assert not compare(spoiled, want, spec.tolerance, budgets)[name].ok, (case.id, name)
         missing = dict(list(want.items())[1:])
-        assert not all(c.ok for c in compare(missing, want, spec.tolerance, budgets).values())
+        assert not want or not all(c.ok for c in compare(missing, want, spec.tolerance, budgets).values())
 
 
 def spoil(value: Tensor) -> Tensor:

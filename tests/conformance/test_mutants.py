@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor
 
+from dsv4_hal.conformance.compare import Budget, Comparison
 from dsv4_hal.conformance.mutants import ENOUGH, Mutant, hunt, mutants
 from dsv4_hal.ops import OPS
 
@@ -48,3 +50,28 @@ def test_a_mutant_that_does_not_fit_its_op_is_not_caught() -> None:
     with torch.inference_mode():
         catch = hunt(Mutant("misfit", "too few arguments", "hadamard", lambda right, self: None))
     assert catch.outcome is not None and catch.outcome.verdict == "error" and not catch.ok
+
+
+COMPARE = import_module("dsv4_hal.conformance.compare")  # the package has a function of this name
+BLIND = {
+    "bitwise": ("permute", "quantize", "kv_store"),
+    "nmse": ("hc_post", "rms_norm", "sparse_attention"),
+    "selection": ("index_topk",),
+    "statistical": ("sample",),
+}
+
+
+@pytest.mark.parametrize("comparer", BLIND)
+def test_a_comparer_that_cannot_fail_is_found(comparer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some mutant of these ops then escapes, and `conform --mutants` fails."""
+    seen = Comparison(True, {"nmse": 0.0, "max_rel": 0.0})
+    monkeypatch.setattr(COMPARE, comparer, lambda *args, **kwargs: seen)
+    with torch.inference_mode():
+        assert not all(hunt(mutant).ok for mutant in mutants() if mutant.op in BLIND[comparer])
+
+
+def test_a_budget_that_holds_everything_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = Budget(float("inf"), float("inf"))
+    monkeypatch.setattr(COMPARE, "derive", lambda *args, **kwargs: everything)
+    with torch.inference_mode():
+        assert not any(hunt(mutant).ok for mutant in mutants() if mutant.op == "hc_post" and not mutant.backward)

@@ -202,7 +202,7 @@ def test_jobs() -> None:
         assert set(jobs(size=size)) <= set(jobs(size=larger))
         assert {job.size for job in jobs(size=size)} <= set(SIZES[: SIZES.index(size) + 1])
     assert jobs() == jobs(size="quick")
-    one = jobs(["linear"], "linear[format=mxfp4,tokens=5,", ["exact"])
+    one = jobs(["linear"], "linear[format=mxfp4,tokens=5,inputs=256", ["exact"])
     assert one == [Job("linear", "linear[format=mxfp4,tokens=5,inputs=256,outputs=384]", "exact")]
 
 

@@ -13,20 +13,25 @@ from torch import Tensor
 
 from dsv4_hal.batch import Batch
 from dsv4_hal.ops.cases.inputs import (
+    PLAIN_FORMATS,
     RAGGED,
     RATIOS,
     Results,
     angles,
     case,
+    differentiated,
     filled,
     held,
     nans,
     normal,
     place,
     pool_for,
+    ragged_of,
     size_of,
     steps,
+    strided,
     token_rows,
+    used_pool,
     weight,
 )
 
@@ -83,30 +88,50 @@ def kv_store() -> Cases:
     for kind in KINDS:
         for ragged in RAGGED:
             yield case("kv_store", _kv_store, size_of(ragged, real=True), kind=kind, ragged=ragged)
+    for kind in KINDS:
+        yield differentiated(case("kv_store", _kv_store, kind=kind, ragged="5.0.2.p1", small=True))
     for ragged in ("few", "mixed"):
         yield case("kv_store", _kv_store, size_of(ragged), kind="window", ragged=ragged, small=True)
         yield case("kv_store", _kv_store, size_of(ragged), kind="csa", ragged=ragged, small=True)
     yield case("kv_store", _kv_store, "quick", kind="csa", ragged="chunked", block_tokens=128)
+    for kind in KINDS:
+        for ragged in ("few", "chunked"):
+            yield case("kv_store", _kv_store, size_of(ragged, real=True), kind=kind, ragged=ragged, reused=True)
+        for ragged in ("3at2303.1at1000", "60at30.p2"):
+            yield case("kv_store", _kv_store, "full", kind=kind, ragged=ragged)
+    for strides in ("one", "row"):
+        yield case("kv_store", _kv_store_loose, kind="window", ragged="few", small=True, strides=strides)
 
 
 def _kv_store(
-    ops: Resolved, generator: torch.Generator, kind: str, ragged: str, small: bool = False, block_tokens: int = 256
+    ops: Resolved,
+    generator: torch.Generator,
+    kind: str,
+    ragged: str,
+    small: bool = False,
+    block_tokens: int = 256,
+    reused: bool = False,
 ) -> Results:
     batches = steps(ops, generator, ragged, block_tokens=block_tokens)
-    kv = filled(ops, generator, row_layout(ops, kind, small), batches)
+    kv = filled(ops, generator, row_layout(ops, kind, small), batches, reused)
     return held(ops, kind if kind == "index" else "kv", kv, batches[-1])
+
+
+_kv_store_loose = strided("kv_store", _kv_store)
 
 
 def kv_load() -> Cases:
     for kind in KINDS:
-        for ragged in ("packed", "decode", "chunked", "padded", "few"):
+        for ragged in ("packed", "none", "decode", "chunked", "padded", "empty", "edges", "few"):
             yield case("kv_load", _kv_load, size_of(ragged, real=True), kind=kind, ragged=ragged)
+        yield case("kv_load", _kv_load, "quick", kind=kind, ragged="chunked", reused=True)
+        yield case("kv_load", _kv_load, "full", kind=kind, ragged="3at2303.1at1000")
 
 
-def _kv_load(ops: Resolved, generator: torch.Generator, kind: str, ragged: str) -> Results:
+def _kv_load(ops: Resolved, generator: torch.Generator, kind: str, ragged: str, reused: bool = False) -> Results:
     batches = steps(ops, generator, ragged)
     layout = row_layout(ops, kind)
-    kv = filled(ops, generator, layout, batches)
+    kv = filled(ops, generator, layout, batches, reused)
     out = {}
     for sequence, length in enumerate(batches[-1].lengths // layout.ratio):
         stop, name = int(length), "index" if kind == "index" else "kv"
@@ -167,12 +192,13 @@ def state_new() -> Cases:
     for ratio in RATIOS:
         for rollback in (0, 3):
             yield case("state_new", _state_new, ratio=ratio, rollback=rollback)
+        yield case("state_new", _state_new, "full", ratio=ratio, rollback=3, width=512)
 
 
-def _state_new(ops: Resolved, generator: torch.Generator, ratio: int, rollback: int) -> Results:
-    state = ops.state_new(2, ratio, RATIOS[ratio], _width(ratio), rollback)
+def _state_new(ops: Resolved, generator: torch.Generator, ratio: int, rollback: int, width: int = 16) -> Results:
+    state = ops.state_new(2, ratio, RATIOS[ratio], _width(ratio, width), rollback)
     batches = chunks(ops, ((0, ratio + 1), (ratio + 1, ratio), (2 * ratio + 1, 1)), slot=1, rollback=rollback)
-    return _compress_all(ops, generator, batches, ratio, state)
+    return _compress_all(ops, generator, batches, ratio, state, width)
 
 
 def state_copy() -> Cases:
@@ -183,6 +209,8 @@ def state_copy() -> Cases:
 
 def _state_copy(ops: Resolved, generator: torch.Generator, ratio: int, source: int, target: int) -> Results:
     """A sequence goes on in the copy, then in the original as well."""
+    if source == target:
+        raise ValueError("a copy onto itself could not go on twice")
     state = stale_state(ops, 3, ratio)
     before = _compress_all(ops, generator, chunks(ops, ((0, 2 * ratio - 1),), source), ratio, state)
     ops.state_copy(state, source, target)
@@ -213,15 +241,27 @@ def compress() -> Cases:
             yield case("compress", _compress, size_of(ragged), ratio=ratio, ragged=ragged)
         for ragged in ("few", "chunked"):  # exponentials that overflow
             yield case("compress", _compress, size_of(ragged), ratio=ratio, ragged=ragged, scale=40.0)
+        for ragged in ("3at2303.1at127", "60at70.p2"):
+            yield case("compress", _compress, "full", ratio=ratio, ragged=ragged, width=512)
+        for strides in ("one", "row"):
+            yield case("compress", _compress_loose, ratio=ratio, ragged="few", strides=strides)
+    yield case("compress", _compress, "full", ratio=4, ragged="3at2303.1at127", width=128)  # of the indexer
+    for ratio, ragged in ((4, "few_packed"), (128, "packed")):
+        yield differentiated(case("compress", _compress, size_of(ragged), ratio=ratio, ragged=ragged, scale=2.0))
     for ratio, first in ((4, 9), (128, 126)):  # cut back by two tokens, over the edge of a block
         size = "tiny" if ratio <= 8 else "quick"
         yield case("compress", _compress_rollback, size, ratio=ratio, first=first)
 
 
-def _compress(ops: Resolved, generator: torch.Generator, ratio: int, ragged: str, scale: float = 1.0) -> Results:
+def _compress(
+    ops: Resolved, generator: torch.Generator, ratio: int, ragged: str, scale: float = 1.0, width: int = 16
+) -> Results:
     batches = steps(ops, generator, ragged)
-    state = stale_state(ops, len(RAGGED[ragged].q_lens) + 3, ratio) if batches[0].cached else None
-    return _compress_all(ops, generator, batches, ratio, state, scale=scale)
+    state = stale_state(ops, len(ragged_of(ragged).q_lens) + 3, ratio, width) if batches[0].cached else None
+    return _compress_all(ops, generator, batches, ratio, state, width, scale)
+
+
+_compress_loose = strided("compress", _compress)
 
 
 def _compress_rollback(ops: Resolved, generator: torch.Generator, ratio: int, first: int) -> Results:
@@ -245,16 +285,30 @@ def compressor_weights(
 
 def compressor() -> Cases:
     for ratio in RATIOS:
-        for ragged in ("packed", "decode", "chunked", "padded", "none", "few"):
+        for ragged in ("packed", "packed_none", "decode", "chunked", "padded", "none", "few", "edges"):
             yield case("compressor", _compressor, size_of(ragged), ratio=ratio, ragged=ragged, format="bf16")
     yield case("compressor", _compressor, "quick", ratio=4, ragged="mixed", format="fp32")
+    for strides in ("one", "row"):
+        yield case("compressor", _compressor_loose, ratio=4, ragged="few", format="bf16", strides=strides)
+    for ratio, inputs in ((4, 4096), (128, 4096), (4, 7168), (128, 7168)):
+        given = {"ratio": ratio, "ragged": "60at70.p2", "format": "bf16", "width": 512, "inputs": inputs}
+        yield case("compressor", _compressor, "full", **given)
+    for format in PLAIN_FORMATS:
+        yield differentiated(case("compressor", _compressor, ratio=4, ragged="5.0.2", format=format))
 
 
-def _compressor(ops: Resolved, generator: torch.Generator, ratio: int, ragged: str, format: str) -> Results:
-    width, inputs = 64, 32
+def _compressor(
+    ops: Resolved,
+    generator: torch.Generator,
+    ratio: int,
+    ragged: str,
+    format: str,
+    width: int = 64,
+    inputs: int = 32,
+) -> Results:
     batches = steps(ops, generator, ragged)
     weights = compressor_weights(ops, generator, ratio, width, inputs, format)
-    state = stale_state(ops, len(RAGGED[ragged].q_lens) + 3, ratio, width) if batches[0].cached else None
+    state = stale_state(ops, len(ragged_of(ragged).q_lens) + 3, ratio, width) if batches[0].cached else None
     out = {}
     for number, batch in enumerate(batches):
         tables = angles(ops, batch.require_plan().entries[ratio].positions, 32)
@@ -263,18 +317,32 @@ def _compressor(ops: Resolved, generator: torch.Generator, ratio: int, ragged: s
     return out
 
 
+_compressor_loose = strided("compressor", _compressor)
+
+
 def compress_store() -> Cases:
     for kind in ("csa", "hca", "index"):
-        for ragged in ("packed", "mixed", "chunked", "padded", "few", "few_packed"):
-            yield case("compress_store", _compress_store, size_of(ragged, real=True), kind=kind, ragged=ragged)
+        for ragged in ("packed", "packed_none", "mixed", "chunked", "padded", "edges", "none", "few", "few_packed"):
+            # a state of 128 wide rows for every sequence is much for an interpreter
+            size = "quick" if kind == "hca" and ragged in ("none", "few") else size_of(ragged, real=True)
+            yield case("compress_store", _compress_store, size, kind=kind, ragged=ragged)
+        yield case("compress_store", _compress_store, "quick", kind=kind, ragged="chunked", reused=True)
+        for inputs in (4096, 7168):
+            yield case("compress_store", _compress_store, "full", kind=kind, ragged="60at70.p2", inputs=inputs)
+    yield case("compress_store", _compress_store_loose, "interpreted", kind="csa", ragged="5.0.2.p1", strides="row")
+    yield case("compress_store", _compress_store_loose, "quick", kind="csa", ragged="few", strides="one")
+    for kind in ("csa", "index"):
+        yield differentiated(case("compress_store", _compress_store, "interpreted", kind=kind, ragged="5.0.2"))
 
 
-def _compress_store(ops: Resolved, generator: torch.Generator, kind: str, ragged: str) -> Results:
-    layout, inputs = row_layout(ops, kind), 32
+def _compress_store(
+    ops: Resolved, generator: torch.Generator, kind: str, ragged: str, inputs: int = 32, reused: bool = False
+) -> Results:
+    layout = row_layout(ops, kind)
     ratio, batches = layout.ratio, steps(ops, generator, ragged)
     weights = compressor_weights(ops, generator, ratio, layout.dim, inputs, "bf16")
-    state = stale_state(ops, len(RAGGED[ragged].q_lens) + 3, ratio, layout.dim) if batches[0].cached else None
-    kv = pool_for(ops, layout, batches[0])
+    state = stale_state(ops, len(ragged_of(ragged).q_lens) + 3, ratio, layout.dim) if batches[0].cached else None
+    kv = used_pool(ops, generator, layout, batches[0]) if reused else pool_for(ops, layout, batches[0])
     for batch in batches:
         tables = angles(ops, batch.require_plan().entries[ratio].positions, 64)
         x = token_rows(ops, generator, batch, inputs)
@@ -285,20 +353,36 @@ def _compress_store(ops: Resolved, generator: torch.Generator, kind: str, ragged
     return held(ops, "index" if kind == "index" else "kv", kv, batches[-1])
 
 
+_compress_store_loose = strided("compress_store", _compress_store)
+
+
 def kv_norm_rope_store() -> Cases:
     for ragged in RAGGED:
         yield case("kv_norm_rope_store", _kv_norm_rope_store, size_of(ragged, real=True), ragged=ragged)
     for ragged in ("few", "mixed"):
         yield case("kv_norm_rope_store", _kv_norm_rope_store, size_of(ragged), ragged=ragged, small=True)
+    for ragged in ("few", "chunked"):
+        given = {"ragged": ragged, "small": True, "reused": True}
+        yield case("kv_norm_rope_store", _kv_norm_rope_store, size_of(ragged), **given)
+    for strides in ("one", "row"):
+        yield case("kv_norm_rope_store", _kv_norm_rope_store_loose, ragged="few", small=True, strides=strides)
+    for ragged in ("3at2303.1at1000", "60at30.p2"):
+        yield case("kv_norm_rope_store", _kv_norm_rope_store, "full", ragged=ragged)
+    yield differentiated(case("kv_norm_rope_store", _kv_norm_rope_store, ragged="5.0.2", small=True))
 
 
-def _kv_norm_rope_store(ops: Resolved, generator: torch.Generator, ragged: str, small: bool = False) -> Results:
+def _kv_norm_rope_store(
+    ops: Resolved, generator: torch.Generator, ragged: str, small: bool = False, reused: bool = False
+) -> Results:
     layout, batches = row_layout(ops, "window", small), steps(ops, generator, ragged)
     gain = normal(ops, generator, layout.dim, dtype=torch.float32)
-    kv = pool_for(ops, layout, batches[0])
+    kv = used_pool(ops, generator, layout, batches[0]) if reused else pool_for(ops, layout, batches[0])
     for batch in batches:
         tables = angles(ops, batch.positions, 32 if small else 64)
         rows = token_rows(ops, generator, batch, layout.dim)
         kv = ops.kv_norm_rope_store(rows, gain, 1e-6, tables, layout, batch, kv)
     assert kv is not None
     return held(ops, "kv", kv, batches[-1])
+
+
+_kv_norm_rope_store_loose = strided("kv_norm_rope_store", _kv_norm_rope_store)

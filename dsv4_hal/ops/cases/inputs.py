@@ -6,10 +6,12 @@ on every device, and nothing is ever read back from one.
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, wraps
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from dsv4_hal.batch import Array, Batch, CosSin, cos_sin
 from dsv4_hal.formats import FORMATS, QTensor, RowLayout, Weight, new_pool, quantize
-from dsv4_hal.ops.spec import Case
+from dsv4_hal.ops.spec import OPS, Case
 
 if TYPE_CHECKING:
     from dsv4_hal.dispatch import Resolved
@@ -39,6 +41,50 @@ def case(op: str, run: Callable[..., Results], size: str = "tiny", /, **paramete
     """A case that calls run(ops, generator, **parameters), named after its parameters."""
     listed = ",".join(f"{name}={value}" for name, value in parameters.items())
     return Case(f"{op}[{listed}]", partial(run, **parameters), size)
+
+
+def strided(op: str, run: Callable[..., Results]) -> Callable[..., Results]:
+    """`run`, with one more parameter, `strides`: what the op is called with is no longer contiguous.
+
+    Every floating tensor that it only reads has its values in place, and NaN between its rows: gaps of one element
+    ("one": nothing is aligned, and no row), or of a row ("row": a slice of a fused projection).
+    """
+
+    @wraps(run)
+    def loose(ops: Resolved, generator: torch.Generator, strides: str, **parameters: object) -> Results:
+        called, signature = getattr(ops, op), inspect.signature(OPS[op].definition)
+
+        def call(*args: object, **kwargs: object) -> object:
+            bound = signature.bind(None, *args, **kwargs)
+            for name, value in bound.arguments.items():
+                if name not in ("out", "state"):
+                    bound.arguments[name] = _loosened(value, strides)
+            return called(*bound.args[1:], **bound.kwargs)
+
+        setattr(ops, op, call)
+        try:
+            return run(ops, generator, **parameters)
+        finally:
+            setattr(ops, op, called)
+
+    plain = inspect.signature(run)
+    more = inspect.Parameter("strides", inspect.Parameter.KEYWORD_ONLY, annotation="str")
+    loose.__signature__ = plain.replace(parameters=[*plain.parameters.values(), more])  # type: ignore[attr-defined]
+    return loose
+
+
+def _loosened(value: object, strides: str) -> object:
+    if isinstance(value, tuple) and type(value) is tuple:  # tables of cosines and sines
+        return tuple(_loosened(part, strides) for part in value)
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
+        return value
+    gap = {"one": 1, "row": value.shape[-1]}[strides]
+    return torch.cat([value, value.new_full((*value.shape[:-1], gap), NAN)], -1)[..., : value.shape[-1]]
+
+
+def differentiated(case: Case) -> Case:
+    """The case, as one for gradients as well."""
+    return replace(case, grad=True)
 
 
 def normal(
@@ -125,14 +171,30 @@ RAGGED = {
     "empty": Ragged((0, 2, 0), (12, 2, 0)),
     "padded": Ragged((1, 6), (31, 2), padding=5),
     "none": Ragged((0, 0), (9, 0)),
+    "edges": Ragged((64, 4, 1, 65), (64, 124, 127, 191)),  # all end with a block of 128, and a chunk of 64
     "few": Ragged((1, 3, 2), (7, 0, 126), padding=1),
     "few_packed": Ragged((5, 0, 2), padding=1),
 }
 
 
+def ragged_of(text: str) -> Ragged:
+    """A step by its name in RAGGED, or written out: tokens of each sequence, with a cache also where they begin, and
+    padding: "5.0.130.p2", "1at127.20at0.p2". ValueError for anything else."""
+    if text in RAGGED:
+        return RAGGED[text]
+    found = re.fullmatch(r"((?:\d+\.)*\d+)(?:\.p(\d+))?|((?:\d+at\d+\.)*\d+at\d+)(?:\.p(\d+))?", text)
+    if not found:
+        raise ValueError(f"{text!r} is no ragged step: one of {', '.join(RAGGED)}, or 5.0.130.p2, or 1at127.20at0.p2")
+    packed, padding, cached, more = found.groups()
+    if packed:
+        return Ragged([int(n) for n in packed.split(".")], padding=int(padding or 0))
+    pairs = [one.split("at") for one in cached.split(".")]
+    return Ragged([int(n) for n, _ in pairs], [int(at) for _, at in pairs], int(more or 0))
+
+
 def size_of(ragged: str, real: bool = False) -> str:
     """Size class of a case whose step is `ragged`; real: of rows as wide as the published models'."""
-    if not RAGGED[ragged].small:
+    if not ragged_of(ragged).small:
         return "quick"
     return "interpreted" if real else "tiny"
 
@@ -150,7 +212,7 @@ def steps(
     Blocks and slots are dealt out in random order, some are left over, and the window ring is shorter than the longest
     sequences.
     """
-    lengths, ropes = RAGGED[ragged], ropes or {}
+    lengths, ropes = ragged_of(ragged), ropes or {}
     if lengths.packed:
         return [ops.plan(Batch.packed(lengths.q_lens, ops.device, lengths.padding), RATIOS, ropes)]
     q, context = np.array(lengths.q_lens), np.array(lengths.context)
@@ -211,9 +273,25 @@ def token_rows(ops: Resolved, generator: torch.Generator, batch: Batch, *shape: 
     return place(ops, values)
 
 
-def filled(ops: Resolved, generator: torch.Generator, layout: RowLayout, batches: list[Batch]) -> KV:
-    """Random rows stored by every step in turn."""
-    kv = pool_for(ops, layout, batches[0])
+def used_pool(ops: Resolved, generator: torch.Generator, layout: RowLayout, batch: Batch) -> KV | None:
+    """A pool like `pool_for`'s, whose blocks held other sequences, as long as there is room: their rows are still there
+    and look like any other. None for a packed batch."""
+    kv = pool_for(ops, layout, batch)
+    table = batch.window_table if layout.ratio == 1 else batch.token_table
+    if kv is None or table is None:
+        return kv
+    room = table.shape[1] * (batch.window_block if layout.ratio == 1 else batch.block_tokens)
+    length = np.full(len(table), room - max(0, layout.window - 1))
+    before = replace(batch, q_lens=length, context=np.zeros_like(length), padding=0, plan=None)
+    ops.plan(before, RATIOS, {})
+    return ops.kv_store(normal(ops, generator, count_rows(before, layout.ratio), layout.dim), layout, before, kv)
+
+
+def filled(
+    ops: Resolved, generator: torch.Generator, layout: RowLayout, batches: list[Batch], reused: bool = False
+) -> KV:
+    """Random rows stored by every step in turn. reused: into blocks that held other sequences."""
+    kv = used_pool(ops, generator, layout, batches[0]) if reused else pool_for(ops, layout, batches[0])
     for batch in batches:
         if layout.ratio == 1:
             rows = token_rows(ops, generator, batch, layout.dim)

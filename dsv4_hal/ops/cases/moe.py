@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsv4_hal.ops.cases.inputs import TOKENS, Results, case, ids, nans, normal, place, weight, whole, yes
+from dsv4_hal.ops.cases.inputs import (
+    TOKENS,
+    WEIGHT_FORMATS,
+    Results,
+    case,
+    differentiated,
+    ids,
+    nans,
+    normal,
+    place,
+    strided,
+    weight,
+    whole,
+    yes,
+)
 
 if TYPE_CHECKING:
     from dsv4_hal.dispatch import Resolved
@@ -18,18 +32,26 @@ def route() -> Cases:
     for bias in (False, True):
         for tokens in TOKENS:
             yield case("route", _route, tokens=tokens, experts=32, k=6, bias=bias)
-        yield case("route", _route, "quick", tokens=70, experts=32, k=6, bias=bias)
+        for tokens in (70, 128):
+            yield case("route", _route, "quick", tokens=tokens, experts=32, k=6, bias=bias)
+        for experts in (256, 384):
+            yield case("route", _route, "full", tokens=64, experts=experts, k=6, bias=bias)
+            yield case("route", _route_ties, "full", tokens=64, experts=experts, k=6, bias=bias, scores="whole")
+    yield case("route", _route, "quick", tokens=5, experts=256, k=6, bias=True)
+    for strides in ("one", "row"):
+        yield case("route", _route_loose, tokens=5, experts=8, k=2, bias=True, strides=strides)
     yield case("route", _route, tokens=5, experts=32, k=6, bias=False, spread=40.0)  # softplus beyond its threshold
-    yield case("route", _route, tokens=5, experts=8, k=8, bias=True)
+    yield differentiated(case("route", _route, tokens=5, experts=8, k=8, bias=True))
     yield case("route", _route, tokens=5, experts=8, k=1, bias=True)
-    yield case("route", _route_given, tokens=5, experts=32, k=6)
+    yield differentiated(case("route", _route_given, tokens=5, experts=32, k=6))
     for bias in (False, True):
         yield case("route", _route_ties, tokens=8, experts=32, k=6, bias=bias, scores="whole")
         yield case("route", _route_ties, "quick", tokens=20, experts=32, k=6, bias=bias, scores="whole")
 
 
 def _logits(ops: Resolved, generator: torch.Generator, tokens: int, experts: int, spread: float = 3.0) -> Tensor:
-    return normal(ops, generator, tokens, experts, dtype=ops.numerics.accumulate, scale=spread)
+    drawn = (torch.randn(tokens, experts, generator=generator) * spread).clamp(min=-80)
+    return place(ops, drawn, ops.numerics.accumulate)
 
 
 def _route(
@@ -61,36 +83,63 @@ def _route_ties(
     return {"order": order, "weights": weights}
 
 
+_route_loose = strided("route", _route)
+
+
 def permute() -> Cases:
     for tokens in TOKENS:
         yield case("permute", _permute, tokens=tokens, experts=16, k=6)
     yield case("permute", _permute, "quick", tokens=70, experts=3, k=2)
-    yield case("permute", _permute, tokens=8, experts=40, k=1)  # most experts get nothing
+    yield differentiated(case("permute", _permute, tokens=8, experts=40, k=1))  # most experts get nothing
+    yield differentiated(case("permute", _permute, tokens=5, experts=7, k=3))
+    yield case("permute", _permute, "quick", tokens=128, experts=8, k=6)
+    for experts, width in ((256, 4096), (384, 7168)):
+        yield case("permute", _permute, "full", tokens=64, experts=experts, k=6, width=width)
+    for strides in ("one", "row"):
+        yield case("permute", _permute_loose, tokens=5, experts=4, k=2, strides=strides)
 
 
-def _permute(ops: Resolved, generator: torch.Generator, tokens: int, experts: int, k: int) -> Results:
-    x = normal(ops, generator, tokens, 32)
+def _permute(ops: Resolved, generator: torch.Generator, tokens: int, experts: int, k: int, width: int = 32) -> Results:
+    x = normal(ops, generator, tokens, width)
     rows, offsets, order = ops.permute(x, ids(ops, generator, tokens, k, experts), experts)
     return {"rows": rows, "offsets": offsets, "order": order}
+
+
+_permute_loose = strided("permute", _permute)
 
 
 def unpermute() -> Cases:
     for tokens in TOKENS:
         yield case("unpermute", _unpermute, tokens=tokens, k=6)
-    yield case("unpermute", _unpermute, tokens=8, k=1)
+    yield differentiated(case("unpermute", _unpermute, tokens=8, k=1))
+    yield differentiated(case("unpermute", _unpermute, tokens=3, k=6))
+    yield case("unpermute", _unpermute, "quick", tokens=128, k=6)
+    for width in (4096, 7168):
+        yield case("unpermute", _unpermute, "full", tokens=64, k=6, width=width)
+    for strides in ("one", "row"):
+        yield case("unpermute", _unpermute_loose, tokens=5, k=2, strides=strides)
 
 
-def _unpermute(ops: Resolved, generator: torch.Generator, tokens: int, k: int) -> Results:
+def _unpermute(ops: Resolved, generator: torch.Generator, tokens: int, k: int, width: int = 32) -> Results:
     order = torch.randperm(tokens * k, generator=generator).to(ops.device)
-    return {"y": ops.unpermute(normal(ops, generator, tokens * k, 32), order, (tokens, k))}
+    return {"y": ops.unpermute(normal(ops, generator, tokens * k, width), order, (tokens, k))}
+
+
+_unpermute_loose = strided("unpermute", _unpermute)
 
 
 def swiglu() -> Cases:
     for tokens in TOKENS:
         for limit in (None, 10.0):
-            yield case("swiglu", _swiglu, tokens=tokens, width=96, limit=limit, weighted=True)
+            yield differentiated(case("swiglu", _swiglu, tokens=tokens, width=96, limit=limit, weighted=True))
     yield case("swiglu", _swiglu, tokens=5, width=96, limit=10.0, weighted=False)
-    yield case("swiglu", _swiglu, tokens=5, width=96, limit=0.5, weighted=False)
+    yield differentiated(case("swiglu", _swiglu, tokens=5, width=96, limit=0.5, weighted=False))
+    yield case("swiglu", _swiglu, "quick", tokens=128, width=96, limit=10.0, weighted=True)
+    yield case("swiglu", _swiglu, "quick", tokens=129, width=100, limit=10.0, weighted=True)
+    for width in (2048, 3072):
+        yield case("swiglu", _swiglu, "full", tokens=64, width=width, limit=10.0, weighted=True)
+    for strides in ("one", "row"):
+        yield case("swiglu", _swiglu_loose, tokens=5, width=32, limit=10.0, weighted=True, strides=strides)
     for how in ("out", "strided"):
         yield case("swiglu", _swiglu, tokens=5, width=96, limit=10.0, weighted=True, how=how)
 
@@ -116,14 +165,40 @@ def _swiglu(
     return {"y": ops.swiglu(gate_up, limit, row_weight)}
 
 
+_swiglu_loose = strided("swiglu", _swiglu)
+
+
 def moe_experts() -> Cases:
-    for format in ("bf16", "e4m3_128x128", "mxfp4"):
-        for tokens in TOKENS:
-            yield case("moe_experts", _moe_experts, format=format, tokens=tokens, experts=12, k=3)
+    for format in WEIGHT_FORMATS:
+        if format in ("bf16", "e4m3_128x128", "mxfp4"):
+            yield case("moe_experts", _moe_experts, format=format, tokens=0, experts=8, k=3)
+            for tokens in (1, 5):
+                yield differentiated(case("moe_experts", _moe_experts, format=format, tokens=tokens, experts=8, k=3))
+            yield case("moe_experts", _moe_experts, "quick", format=format, tokens=70, experts=12, k=3)
+        else:
+            yield case("moe_experts", _moe_experts, "quick", format=format, tokens=5, experts=8, k=3)
+    yield case("moe_experts", _moe_experts, "quick", format="mxfp4", tokens=128, experts=8, k=6)
+    for strides in ("one", "row"):
+        yield case("moe_experts", _moe_experts_loose, format="mxfp4", tokens=3, experts=4, k=2, strides=strides)
+    for format, experts, inner, width in (
+        ("mxfp4", 4, 2048, 4096),
+        ("e4m3_128x128_fp32", 2, 2048, 4096),
+        ("mxfp4", 2, 3072, 7168),
+    ):
+        given = {"format": format, "tokens": 9, "experts": experts, "k": 2, "inner": inner, "width": width}
+        yield case("moe_experts", _moe_experts, "full", **given)
 
 
-def _moe_experts(ops: Resolved, generator: torch.Generator, format: str, tokens: int, experts: int, k: int) -> Results:
-    inner, width = 128, 256
+def _moe_experts(
+    ops: Resolved,
+    generator: torch.Generator,
+    format: str,
+    tokens: int,
+    experts: int,
+    k: int,
+    inner: int = 128,
+    width: int = 256,
+) -> Results:
     x = normal(ops, generator, tokens, width)
     chosen = ids(ops, generator, tokens, k, experts)
     weights = place(ops, torch.rand(tokens, k, generator=generator), ops.numerics.accumulate)
@@ -132,15 +207,37 @@ def _moe_experts(ops: Resolved, generator: torch.Generator, format: str, tokens:
     return {"y": ops.moe_experts(x, chosen, weights, w13, w2, 2.0)}
 
 
+_moe_experts_loose = strided("moe_experts", _moe_experts)
+
+
 def mlp() -> Cases:
-    for format in ("bf16", "e4m3_128x128", "mxfp4"):
-        for tokens in TOKENS:
-            yield case("mlp", _mlp, format=format, tokens=tokens, limit=2.0)
+    for format in WEIGHT_FORMATS:
+        if format in ("bf16", "e4m3_128x128", "mxfp4"):
+            yield case("mlp", _mlp, format=format, tokens=0, limit=2.0)
+            for tokens in (1, 5):
+                yield differentiated(case("mlp", _mlp, format=format, tokens=tokens, limit=2.0))
+        else:
+            yield case("mlp", _mlp, "quick", format=format, tokens=5, limit=2.0)
     yield case("mlp", _mlp, format="bf16", tokens=5, limit=None)
+    yield case("mlp", _mlp, "quick", format="e4m3_128x128", tokens=128, limit=2.0)
+    for strides in ("one", "row"):
+        yield case("mlp", _mlp_loose, format="e4m3_128x128", tokens=3, limit=2.0, strides=strides)
+    for inner, width in ((2048, 4096), (3072, 7168)):
+        yield case("mlp", _mlp, "full", format="e4m3_128x128", tokens=9, limit=10.0, inner=inner, width=width)
 
 
-def _mlp(ops: Resolved, generator: torch.Generator, format: str, tokens: int, limit: float | None) -> Results:
-    inner, width = 128, 256
+def _mlp(
+    ops: Resolved,
+    generator: torch.Generator,
+    format: str,
+    tokens: int,
+    limit: float | None,
+    inner: int = 128,
+    width: int = 256,
+) -> Results:
     w13 = weight(ops, generator, format, 2 * inner, width)
     w2 = weight(ops, generator, format, width, inner)
     return {"y": ops.mlp(normal(ops, generator, tokens, width), w13, w2, limit)}
+
+
+_mlp_loose = strided("mlp", _mlp)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsv4_hal.ops.cases.inputs import Results, case, device_generator, normal, place, whole, yes
+from dsv4_hal.ops.cases.inputs import Results, case, device_generator, normal, place, strided, whole, yes
 
 if TYPE_CHECKING:
     from dsv4_hal.dispatch import Resolved
@@ -25,7 +25,12 @@ def sample() -> Cases:
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (2.0, 0.9), (1.0, 0.65), (1.0, 0.31), (1.0, 0.29), (1.0, 1e-6)):
         yield case("sample", _draws, "quick", temperature=temperature, top_p=top_p)
     yield case("sample", _equal, "quick", vocabulary=200, top_p=0.0525)
+    yield case("sample", _draws, "quick", temperature=1.0, top_p=0.65, shift=1000.0)  # large logits
     yield case("sample", _repeat, "quick", rows=64)
+    yield case("sample", _greedy, "quick", rows=128, vocabulary=1000)
+    yield case("sample", _greedy, "full", rows=8, vocabulary=129280)
+    for strides in ("one", "row"):
+        yield case("sample", _greedy_loose, rows=5, vocabulary=50, strides=strides)
 
 
 def _greedy(ops: Resolved, generator: torch.Generator, rows: int, vocabulary: int) -> Results:
@@ -33,9 +38,12 @@ def _greedy(ops: Resolved, generator: torch.Generator, rows: int, vocabulary: in
     return {"tokens": ops.sample(logits, 0.0), "again": ops.sample(logits, 0.0, 0.5)}
 
 
-def _draws(ops: Resolved, generator: torch.Generator, temperature: float, top_p: float) -> Results:
+_greedy_loose = strided("sample", _greedy)
+
+
+def _draws(ops: Resolved, generator: torch.Generator, temperature: float, top_p: float, shift: float = 0.0) -> Results:
     """Many draws from one row: how often each token came, and which came at all."""
-    return _counted(ops, generator, torch.tensor(PROBABILITIES).log(), temperature, top_p)
+    return _counted(ops, generator, torch.tensor(PROBABILITIES).log() + shift, temperature, top_p)
 
 
 def _equal(ops: Resolved, generator: torch.Generator, vocabulary: int, top_p: float) -> Results:

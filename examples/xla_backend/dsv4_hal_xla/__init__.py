@@ -29,6 +29,7 @@ class XLA(Gemm, NormRope, Attention, Moe, HyperConnection, Reference):
     name = "xla"
     device_type = "cpu"
     automatic = False  # an example, slower than the reference on a CPU: only who names it gets it
+    differentiable = False  # what goes through DLPack leaves no trace for torch's autograd
 
     def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:
         super().__init__(numerics, device)

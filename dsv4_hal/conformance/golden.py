@@ -1,0 +1,101 @@
+"""The reference against golden vectors: what the published DeepSeek-V4 code computed on a small checkpoint, recorded.
+
+A folder of golden vectors is a checkpoint with two more files, of logits and of the inputs and outputs of every block:
+  expected_exact.safetensors  prefill.logits, decode.logits, prefill.mtp_logits: run without any quantisation
+  expected.safetensors        tokens; {prefill,decode}.layers.{i}.{attn,ffn}.{in,out}: run as deployed
+In mode deployed every block runs from its recorded input, since random weights amplify the last bit of bf16. Budgets
+are as everywhere: four times what the reference differs by from itself in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dsv4_hal.batch import Batch
+from dsv4_hal.conformance.compare import derive, nmse
+from dsv4_hal.conformance.drift import FACTOR, raised
+from dsv4_hal.conformance.model_run import load
+from dsv4_hal.conformance.runner import MODES, Outcome, of_budget
+from dsv4_hal.model.step import Step
+from dsv4_hal.model.transformer import Model
+from dsv4_hal.numerics import numerics_for
+
+NAME = "golden vectors"
+FILES = ("expected.safetensors", "expected_exact.safetensors")
+SOURCES = Path(__file__).parents[2] / "tests" / "data" / "tiny"  # where the sources are
+
+
+def missing(directory: Path) -> str:
+    """Why the folder has no golden vectors; "" if it has."""
+    absent = [name for name in FILES if not (directory / name).is_file()]
+    return f"{directory} has no {absent[0]}: --golden DIR names a folder that has" if absent else ""
+
+
+def outcomes(directory: Path, pattern: str = "", modes: Sequence[str] = MODES) -> Iterator[Outcome]:
+    """Of the comparisons in these modes whose id contains the pattern."""
+    for mode, compared in (("exact", _logits), ("deployed", _blocks)):
+        if mode in modes:
+            narrow, wide = (load(str(directory), "reference", mode, wide) for wide in (False, True))
+            yield from (o for o in compared(directory, narrow, wide) if pattern in o.id)
+
+
+def _logits(directory: Path, narrow: Model, wide: Model) -> Iterator[Outcome]:
+    """Of prefill, of decode token by token through the cache, and of MTP."""
+    want = load_file(directory / "expected_exact.safetensors")
+    tokens = load_file(directory / "expected.safetensors")["tokens"]
+    split = want["prefill.logits"].shape[1]
+    cache, drafted = narrow.new_cache(len(tokens), tokens.shape[1]), (tokens[:, :split], tokens[:, 1 : split + 1])
+    at_once = wide(tokens)  # without a cache: the same numbers in this mode
+    for name, got, exactly in (
+        ("prefill.logits", narrow(tokens[:, :split], cache), at_once[:, :split]),
+        (
+            "decode.logits",
+            torch.cat([narrow(t, cache) for t in tokens[:, split:].split(1, dim=1)], 1),
+            at_once[:, split:],
+        ),
+        ("prefill.mtp_logits", narrow.mtp_logits(*drafted), wide.mtp_logits(*drafted)),
+    ):
+        yield _outcome(name, "exact", got, want[name], exactly)
+
+
+def _blocks(directory: Path, narrow: Model, wide: Model) -> Iterator[Outcome]:
+    """Of every block: the tokens of prefill and of decode in one step."""
+    want = load_file(directory / "expected.safetensors")
+    tokens = want["tokens"]
+    steps = [
+        Step(tokens.flatten(), model.plan(Batch.packed([tokens.shape[1]] * len(tokens)))) for model in (narrow, wide)
+    ]
+    for i in range(len(narrow.layers)):
+        for part in ("attn", "ffn"):
+            name = f"layers.{i}.{part}"
+            given, expected = (
+                torch.cat([want[f"{phase}.{name}.{end}"] for phase in ("prefill", "decode")], 1).flatten(0, 1)
+                for end in ("in", "out")
+            )
+            got, exactly = (
+                getattr(model.layers[i], part)(given, step) for model, step in zip((narrow, wide), steps, strict=True)
+            )
+            yield _outcome(name, "deployed", got, expected, exactly)
+
+
+def _outcome(name: str, mode: str, got: Tensor, want: Tensor, exactly: Tensor) -> Outcome:
+    budget = derive(got, exactly, FACTOR)
+    if name.endswith("attn"):
+        budget = raised(budget, numerics_for(mode))
+    found = nmse(got, want, budget)
+    told = Outcome("reference", "model", f"model[golden={name}]", mode, "reference", "agrees", against=(NAME,))
+    return replace(
+        told,
+        verdict="agrees" if found.ok else "disagrees",
+        message=found.message,
+        of_budget=of_budget(found, budget) if found.metrics else math.inf,
+        metrics={"y": found.metrics},
+        size="quick",
+    )
