@@ -11,10 +11,10 @@ demo: $(VENV)/installed
 	bash ci/demo.sh $(BIN)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not full"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not full and not browser"
 
 full: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not browser"
 
 lint: $(VENV)/installed-test
 	bash ci/lint.sh $(BIN)

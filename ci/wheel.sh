@@ -20,4 +20,6 @@ print([(b.name, b.available) for b in dsv4_hal.list_backends()])
 PY
 "$work/venv/bin/dsv4-hal" init --preset v4-tiny --out "$work/a folder/v4-tiny"
 "$work/venv/bin/dsv4-hal" generate "$work/a folder/v4-tiny" --prompt "The sea is" --max-new-tokens 4
+"$work/venv/bin/dsv4-hal" conform -o hadamard --size tiny --out "$work/report"
+"$work/venv/bin/dsv4-hal" report "$work/report" --out "$work/page.html"
 echo "wheel: built, installed elsewhere, used"

@@ -23,12 +23,13 @@ from dsv4_hal.cli.generate import generate
 from dsv4_hal.cli.info import info
 from dsv4_hal.cli.init import init
 from dsv4_hal.cli.record import record
+from dsv4_hal.cli.report import report
 from dsv4_hal.cli.selection import backends, explain
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="DeepSeek-V4 on any backend.", pretty_exceptions_enable=False
 )
-for verb in (backends, explain, env, info, init, generate, chat, conform, compare, bisect, record):
+for verb in (backends, explain, env, info, init, generate, chat, conform, compare, bisect, record, report):
     app.command()(verb)
 
 

@@ -165,7 +165,7 @@ def conclude_model(compared: Compared, out: Path | None) -> None:
     show_model(compared)
     if out is not None:
         write(compared, out)
-        common.notes.print(f"[dim]written: {escape(str(out))}/model.jsonl, junit.xml, report.md[/]")
+        common.notes.print(f"[dim]written: {escape(str(out))}/model.jsonl, junit.xml, report.md, report.html[/]")
     if compared.failed:
         raise typer.Exit(1)
 

@@ -30,7 +30,7 @@ Pattern = Annotated[
 Mode = Annotated[str | None, typer.Option(help="exact or deployed; default both.")]
 Size = Annotated[str, typer.Option(help="Cases up to this size class: tiny, interpreted, quick or full.")]
 Grad = Annotated[bool, typer.Option("--grad", help="Gradients instead, in mode exact.")]
-Out = Annotated[Path | None, typer.Option(help="Write results.jsonl, junit.xml and report.md here.")]
+Out = Annotated[Path | None, typer.Option(help="Write results.jsonl, junit.xml, report.md and report.html here.")]
 Limit = Annotated[float, typer.Option(help="Seconds that a case may take.", min=0.1, max=86400)]
 
 
@@ -138,7 +138,7 @@ def conclude(run: Run, out: Path | None, interrupted: bool = False) -> None:
     show(run)
     if out is not None:
         write(run, out)
-        common.notes.print(f"[dim]written: {escape(str(out))}/results.jsonl, junit.xml, report.md[/]")
+        common.notes.print(f"[dim]written: {escape(str(out))}/results.jsonl, junit.xml, report.md, report.html[/]")
     if interrupted:
         raise KeyboardInterrupt
     if run.failed:

@@ -3,6 +3,7 @@
 model.jsonl  first what was compared (models, backends, profiles, environments), then a row of `drift.py` a line
 junit.xml    a test case per part, for a CI that shows them
 report.md    a headline per backend, a row per part, and every failure
+report.html  all of it to look at, see `html.py`
 """
 
 from __future__ import annotations
@@ -13,22 +14,24 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from dsv4_hal.conformance import html, saved
 from dsv4_hal.conformance.drift import GOOD, Part, Picks, Row
 from dsv4_hal.conformance.model_compare import Compared, headline
-from dsv4_hal.conformance.report import share, xml_text
+from dsv4_hal.conformance.report import share
 from dsv4_hal.conformance.runner import finite
 
 
 def write(compared: Compared, directory: Path) -> None:
     """All files, into a directory that is made if need be."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "model.jsonl").write_text(jsonl(compared), encoding="utf-8")
+    (directory / saved.MODEL_FILE).write_text(jsonl(compared), encoding="utf-8")
     ElementTree.ElementTree(junit(compared)).write(directory / "junit.xml", encoding="utf-8", xml_declaration=True)
     (directory / "report.md").write_text(markdown(compared), encoding="utf-8", errors="backslashreplace")
+    html.write([saved.read_file(directory / saved.MODEL_FILE)], directory / "report.html")
 
 
 def jsonl(compared: Compared) -> str:
-    head = {"kind": "model", **compared.head, "headline": list(headline(compared))}
+    head = {"kind": "model", **compared.head, "headline": list(headline(compared)), "rows": len(compared.rows)}
     lines = [head, *map(_plain, compared.rows)]
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
@@ -46,7 +49,7 @@ def junit(compared: Compared) -> ElementTree.Element:
     for row in compared.rows:
         case = ElementTree.SubElement(suite, "testcase", classname=f"{row.backend}.model", name=row.name)
         if row.verdict not in GOOD:
-            ElementTree.SubElement(case, "failure", message=xml_text(f"{row.verdict}: {row.message}"))
+            ElementTree.SubElement(case, "failure", message=saved.printable(f"{row.verdict}: {row.message}"))
     return suite
 
 

@@ -3,6 +3,7 @@
 results.jsonl  first the run (backend, numeric profiles, where it ran and where it was judged), then an outcome a line
 junit.xml      a test case per outcome, for a CI that shows them
 report.md      the headline, a row per op, and every failure
+report.html    all of it to look at, see `html.py`
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from dsv4_hal.conformance import html, saved
 from dsv4_hal.conformance.runner import WHOLE, About, Extent, Outcome
 from dsv4_hal.conformance.waivers import Waiver, stale
 from dsv4_hal.environment import environment
@@ -94,21 +96,24 @@ def rows(run: Run) -> list[dict[str, Any]]:
 def write(run: Run, directory: Path) -> None:
     """All files, into a directory that is made if need be."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "results.jsonl").write_text(jsonl(run), encoding="utf-8")
+    (directory / saved.OPS_FILE).write_text(jsonl(run), encoding="utf-8")
     ElementTree.ElementTree(junit(run)).write(directory / "junit.xml", encoding="utf-8", xml_declaration=True)
     (directory / "report.md").write_text(markdown(run), encoding="utf-8", errors="backslashreplace")
+    html.write([saved.read_file(directory / saved.OPS_FILE)], directory / "report.html")
 
 
 def jsonl(run: Run) -> str:
     head = {
         "run": run.backend,
         "headline": run.headline,
+        "cases": len(run.outcomes),
         "ops": run.runs_as,
         "unasked": list(run.unasked),
         "sizes": asdict(run.extent) | {"classes": run.extent.classes},
         "profiles": run.about.profiles,
         "environment": run.about.environment,
         "judged": environment([FALLBACK]),
+        "waivers": [{**asdict(w), "date": str(w.date), "stale": w in run.stale} for w in run.waivers],
     }
     lines = [head, *({**o.to_dict(), "waived": bool(run.waiver(o))} for o in run.outcomes)]
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
@@ -124,9 +129,9 @@ def junit(run: Run) -> ElementTree.Element:
             suite, "testcase", classname=f"{run.backend}.{outcome.op}", name=outcome.id, time=str(outcome.seconds)
         )
         if waiver := run.waiver(outcome):
-            ElementTree.SubElement(case, "skipped", message=xml_text(f"waived {waiver.date}: {waiver.reason}"))
+            ElementTree.SubElement(case, "skipped", message=saved.printable(f"waived {waiver.date}: {waiver.reason}"))
         elif not outcome.ok:
-            ElementTree.SubElement(case, "failure", message=xml_text(f"{outcome.verdict}: {outcome.message}"))
+            ElementTree.SubElement(case, "failure", message=saved.printable(f"{outcome.verdict}: {outcome.message}"))
     return suite
 
 
@@ -154,8 +159,3 @@ def markdown(run: Run) -> str:
 
 def share(of_budget: float | None) -> str:
     return "" if of_budget is None else f"{of_budget:.2f}"
-
-
-def xml_text(text: str) -> str:
-    """XML has no place for control characters, nor for halves of surrogate pairs."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)

@@ -33,7 +33,7 @@ def test_a_wrong_backend_on_a_model(tool: Tool, tiny_dir: Path, tmp_path: Path) 
     head, *rows = [json.loads(line) for line in (tmp_path / "out" / "model.jsonl").read_text().splitlines()]
     assert head["steps"] == ["40+9", "1+1"]
     assert [r["layer"] for r in rows if r.get("verdict") == "disagrees"] == [0, 1, 2, 3, 4]
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.jsonl", "junit.xml", "report.md"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.jsonl", "junit.xml", "report.md", "report.html"}
 
 
 @pytest.mark.usefixtures("third")

@@ -18,8 +18,10 @@ FEW = ("-o", "swiglu", "-p", "tokens=5", "--mode", "exact")
 def test_the_reference_against_the_oracle(tool: Tool, tmp_path: Path) -> None:
     done = tool("conform", "--backend", "reference", *FEW, "--out", tmp_path / "report")
     assert done.code == 0, done.err
-    assert "reference: the reference, against the naive float64 oracle; 8 cases: 8 agrees" in done.out
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"results.jsonl", "junit.xml", "report.md"}
+    told = "reference: the reference, against the naive float64 oracle (8), transformers"
+    assert told in done.out and "closed forms (1); 9 cases: 9 agrees" in done.out
+    written = {path.name for path in (tmp_path / "report").iterdir()}
+    assert written == {"results.jsonl", "junit.xml", "report.md", "report.html"}
 
 
 def test_null_makes_no_claim_of_agreement(tool: Tool) -> None:

@@ -13,7 +13,10 @@ import dsv4_hal
 from dsv4_hal.cli import app
 
 Tool = Callable[..., Any]
-VERBS = ("backends", "explain", "env", "info", "init", "generate", "chat", "conform", "compare", "bisect", "record")
+VERBS = (
+    *("backends", "explain", "env", "info", "init", "generate", "chat"),
+    *("conform", "compare", "bisect", "record", "report"),
+)
 
 
 def test_version(tool: Tool) -> None:
