@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
-# An accelerator in a package of its own: installed beside this one, run against the contract as its own tests, and
-# compared with the reference on a whole model.
+# An accelerator in a package of its own: installed beside this one, run against the contract as its own tests, compared
+# with the reference case by case as a user's CI would, and on a whole model.
+# SIZE=quick bash ci/xla.sh .venv/bin runs all that it was tried on; most of the time goes to compiling.
 set -euo pipefail
 bin=$(cd "$1" && pwd)
+size=${SIZE:-interpreted}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$bin/python" -m pip install -q -c constraints.txt -e examples/xla_backend
-(cd examples/xla_backend && "$bin/python" -m pytest -n "${WORKERS:-2}")
-"$bin/dsv4-hal" init --preset v4-tiny --out "$work/v4-tiny"
+export PATH="$bin:$PATH"
+export OMP_NUM_THREADS=1 # who produces and who judges are two processes, and their threads would fight over the cores
+export JAX_COMPILATION_CACHE_DIR=$work/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 # compiled once for all of them
+python -m pip install -q -c constraints.txt -e examples/xla_backend
+(cd examples/xla_backend && python -m pytest -n "${WORKERS:-2}" --dsv4-size "$size")
+bash ci/templates/compare.sh "$work/cases" reference null xla -- --size "$size" --mode deployed
+dsv4-hal init --preset v4-tiny --out "$work/v4-tiny"
 for mode in exact deployed; do
-  "$bin/dsv4-hal" compare --backends reference,xla --model "$work/v4-tiny" --mode $mode
+  dsv4-hal compare --backends reference,xla --model "$work/v4-tiny" --mode $mode
 done
