@@ -5,7 +5,7 @@
 #   compare.sh out/compare cuda mychip -- --size full --limit 120
 #
 # What each backend makes of the contract's cases goes to OUT/BACKEND.bundle, its verdicts to OUT/BACKEND (results.jsonl,
-# junit.xml, report.md), and all of them to OUT/report.html. Options are those of `dsv4-hal record`.
+# junit.xml, report.md, ...), and all of them to OUT/report.html. Options are those of `dsv4-hal record`.
 # Every backend runs, whatever became of the one before. The exit code is the first that was not 0: 1 disagrees, 2 usage,
 # 3 backend unavailable, 4 a waiver is stale.
 set -uo pipefail
