@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # An accelerator in a package of its own: installed beside this one, run against the contract as its own tests, compared
 # with the reference case by case as a user's CI would, and on a whole model.
-# SIZE=quick bash ci/xla.sh .venv/bin runs all that it was tried on; most of the time goes to compiling.
+# SIZE=quick bash ci/xla.sh .venv/bin runs longer cases too; most of the time goes to compiling.
 set -euo pipefail
 bin=$(cd "$1" && pwd)
 size=${SIZE:-interpreted}
