@@ -136,9 +136,10 @@ class Naive(Backend):
     def kv_store(self, rows: Tensor, layout: RowLayout, batch: Batch, pool: KV | None = None) -> KV:
         if pool is None:
             return KV(formats.round_rows(rows, layout), layout)
-        for row, (sequence, index) in zip(rows, new_rows(batch, layout.ratio), strict=False):
-            where = torch.tensor([place(pool, batch, sequence, index)])
-            formats.store(pool.data, layout, pool.rows, where, row[None])
+        # Of rows at the same place the last one stays.
+        where = {place(pool, batch, *new): row for row, new in enumerate(new_rows(batch, layout.ratio))}
+        if where:
+            formats.store(pool.data, layout, pool.rows, torch.tensor(list(where)), rows[list(where.values())])
         return pool
 
     def kv_load(self, kv: KV, batch: Batch, sequence: int, start: int, stop: int) -> Tensor:
