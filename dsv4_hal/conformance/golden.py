@@ -10,7 +10,8 @@ are as everywhere: four times what the reference differs by from itself in float
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,49 +41,64 @@ def missing(directory: Path) -> str:
 
 def outcomes(directory: Path, pattern: str = "", modes: Sequence[str] = MODES) -> Iterator[Outcome]:
     """Of the comparisons in these modes whose id contains the pattern."""
-    for mode, compared in (("exact", _logits), ("deployed", _blocks)):
-        if mode in modes:
+    for mode, file, compared in (("exact", FILES[1], _logits), ("deployed", FILES[0], _blocks)):
+        want = load_file(directory / file)
+        chosen = [name for name in _names(want) if pattern in f"{_id(name)}@{mode}"]
+        if mode in modes and chosen:
+            tokens = load_file(directory / FILES[0])["tokens"]
             narrow, wide = (load(str(directory), "reference", mode, wide) for wide in (False, True))
-            yield from (o for o in compared(directory, narrow, wide) if pattern in o.id)
+            yield from compared(chosen, want, tokens, narrow, wide)
 
 
-def _logits(directory: Path, narrow: Model, wide: Model) -> Iterator[Outcome]:
+def _id(name: str) -> str:
+    return f"model[golden={name}]"
+
+
+def _names(want: Mapping[str, Tensor]) -> list[str]:
+    """What is compared: logits, or blocks."""
+    blocks = [re.fullmatch(r"prefill\.(layers\.\d+\.(?:attn|ffn))\.in", name) for name in want]
+    return [found[1] for found in blocks if found] or [name for name in want if name.endswith("logits")]
+
+
+def _logits(
+    names: Sequence[str], want: Mapping[str, Tensor], tokens: Tensor, narrow: Model, wide: Model
+) -> Iterator[Outcome]:
     """Of prefill, of decode token by token through the cache, and of MTP."""
-    want = load_file(directory / "expected_exact.safetensors")
-    tokens = load_file(directory / "expected.safetensors")["tokens"]
     split = want["prefill.logits"].shape[1]
     cache, drafted = narrow.new_cache(len(tokens), tokens.shape[1]), (tokens[:, :split], tokens[:, 1 : split + 1])
+    got = {
+        "prefill.logits": narrow(tokens[:, :split], cache),
+        "decode.logits": torch.cat([narrow(t, cache) for t in tokens[:, split:].split(1, dim=1)], 1),
+        "prefill.mtp_logits": narrow.mtp_logits(*drafted),
+    }
     at_once = wide(tokens)  # without a cache: the same numbers in this mode
-    for name, got, exactly in (
-        ("prefill.logits", narrow(tokens[:, :split], cache), at_once[:, :split]),
-        (
-            "decode.logits",
-            torch.cat([narrow(t, cache) for t in tokens[:, split:].split(1, dim=1)], 1),
-            at_once[:, split:],
-        ),
-        ("prefill.mtp_logits", narrow.mtp_logits(*drafted), wide.mtp_logits(*drafted)),
-    ):
-        yield _outcome(name, "exact", got, want[name], exactly)
+    exactly = {
+        "prefill.logits": at_once[:, :split],
+        "decode.logits": at_once[:, split:],
+        "prefill.mtp_logits": wide.mtp_logits(*drafted),
+    }
+    for name in names:
+        yield _outcome(name, "exact", got[name], want[name], exactly[name])
 
 
-def _blocks(directory: Path, narrow: Model, wide: Model) -> Iterator[Outcome]:
-    """Of every block: the tokens of prefill and of decode in one step."""
-    want = load_file(directory / "expected.safetensors")
-    tokens = want["tokens"]
+def _blocks(
+    names: Sequence[str], want: Mapping[str, Tensor], tokens: Tensor, narrow: Model, wide: Model
+) -> Iterator[Outcome]:
+    """Of blocks: the tokens of prefill and of decode in one step."""
     steps = [
         Step(tokens.flatten(), model.plan(Batch.packed([tokens.shape[1]] * len(tokens)))) for model in (narrow, wide)
     ]
-    for i in range(len(narrow.layers)):
-        for part in ("attn", "ffn"):
-            name = f"layers.{i}.{part}"
-            given, expected = (
-                torch.cat([want[f"{phase}.{name}.{end}"] for phase in ("prefill", "decode")], 1).flatten(0, 1)
-                for end in ("in", "out")
-            )
-            got, exactly = (
-                getattr(model.layers[i], part)(given, step) for model, step in zip((narrow, wide), steps, strict=True)
-            )
-            yield _outcome(name, "deployed", got, expected, exactly)
+    for name in names:
+        _, layer, part = name.split(".")
+        given, expected = (
+            torch.cat([want[f"{phase}.{name}.{end}"] for phase in ("prefill", "decode")], 1).flatten(0, 1)
+            for end in ("in", "out")
+        )
+        got, exactly = (
+            getattr(model.layers[int(layer)], part)(given, step)
+            for model, step in zip((narrow, wide), steps, strict=True)
+        )
+        yield _outcome(name, "deployed", got, expected, exactly)
 
 
 def _outcome(name: str, mode: str, got: Tensor, want: Tensor, exactly: Tensor) -> Outcome:
@@ -90,7 +106,7 @@ def _outcome(name: str, mode: str, got: Tensor, want: Tensor, exactly: Tensor) -
     if name.endswith("attn"):
         budget = raised(budget, numerics_for(mode))
     found = nmse(got, want, budget)
-    told = Outcome("reference", "model", f"model[golden={name}]", mode, "reference", "agrees", against=(NAME,))
+    told = Outcome("reference", "model", _id(name), mode, "reference", "agrees", against=(NAME,))
     return replace(
         told,
         verdict="agrees" if found.ok else "disagrees",

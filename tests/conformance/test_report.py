@@ -98,7 +98,7 @@ def test_reading_waivers(tmp_path: Path) -> None:
         ("- {case: a, date: 2026-11-25}", "waiver 1: reason must be text"),
         ("- {case: a, reason: ' ', date: 2026-11-25}", "waiver 1: reason must be text"),
         ("- {case: a, reason: b, date: 2026-11-25, mod: exact}", "waiver 1: unknown key mod"),
-        ("- {case: a, reason: b, date: 2026-11-25, mode: fast}", "waiver 1: mode must be exact, deployed or exact.grad"),
+        ("- {case: a, reason: b, date: 2026-11-25, mode: fast}", "waiver 1: mode must be exact, deployed or"),
         ("- {case: a, reason: b, date: 2026-11-25T10:00:00}", "waiver 1: date must be a day"),
         ("- [", "waivers.yaml: while parsing"),
     ],
