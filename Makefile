@@ -24,7 +24,7 @@ bench: $(VENV)/installed-test
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[tokenizer,report]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[tokenizer,report,fuzz]'
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed

@@ -80,7 +80,7 @@ return [seen, [...new Set(faint)]];
 
 
 def results(folder: Path) -> list[saved.OpsRun | saved.ModelRun]:
-    """718 real ids on three backends (shapes, failures of every kind, fallbacks, waivers) and a model of 8 layers."""
+    """Real ids on three backends (shapes, failures of every kind, fallbacks, waivers) and a model of 8 layers."""
     about = About("", {"exact": {"storage": "float32"}}, {"machine": {"system": "a chip " * 30}})
     work, outcomes = jobs(size="interpreted"), dict[str, list[Outcome]](reference=[], null=[], mychip=[])
     for number, job in enumerate(work):
@@ -233,7 +233,7 @@ def test_filters(opened: Chrome) -> None:
     left = "return [...document.querySelectorAll('.cases tbody')].filter((b) => !b.closest('[hidden]')).length"
     every = ask(opened, left)
     count = opened.find_element("id", "count")
-    assert every == 3 * 718 + 1 and count.text == f"{every} of {every} cases"
+    assert every == 3 * len(jobs(size="interpreted")) + 1 and count.text == f"{every} of {every} cases"
     field = opened.find_element("id", "f-text")
     field.send_keys("rope disagrees heads=2")
     WebDriverWait(opened, 5).until(lambda b: count.text != f"{every} of {every} cases")
@@ -249,13 +249,15 @@ def test_filters(opened: Chrome) -> None:
     assert ask(opened, shown) == 0
     opened.find_element("id", "f-state").send_keys("waived")
     WebDriverWait(opened, 5).until(lambda b: count.text != f"{every} of {every} cases")
-    assert ask(opened, shown) == ask(opened, left) == 12
+    waived = ask(opened, "return document.querySelectorAll('.cases tbody[data-state=waived]').length")
+    assert ask(opened, shown) == ask(opened, left) == waived > 0
 
 
 def test_a_link_finds_what_a_filter_hides(opened: Chrome) -> None:
-    opened.find_element("id", "f-text").send_keys("rope")
     count = opened.find_element("id", "count")
-    WebDriverWait(opened, 5).until(lambda b: not count.text.startswith("2155"))
+    before = count.text
+    opened.find_element("id", "f-text").send_keys("rope")
+    WebDriverWait(opened, 5).until(lambda b: count.text != before)
     ask(opened, "document.querySelector('.matrix a').click()")
     WebDriverWait(opened, 5).until(lambda b: b.switch_to.active_element.tag_name == "summary")
     assert opened.find_element("css selector", "details.cases[open] table").is_displayed()
