@@ -60,7 +60,7 @@ def conform(
     Exit codes: 0 agrees, 1 disagrees, 2 usage, 3 backend unavailable, 4 a waiver is stale.
     """
     from dsv4_hal.conformance import runner
-    from dsv4_hal.conformance.answers import NOTHING, answers
+    from dsv4_hal.conformance.answers import Answers, answers
     from dsv4_hal.conformance.report import Run
     from dsv4_hal.conformance.waivers import read_waivers
 
@@ -72,20 +72,19 @@ def conform(
         raise typer.Exit(_mutants())
     if generate and (pattern or grad or show_cases):
         raise ValueError("--generate draws cases of its own: it does not go with -p, --grad or --list")
-    known = NOTHING
+    known = Answers()
     if backend == FALLBACK and not grad and not generate:
         one = known_mode(mode)
         known = answers(chosen_ops(op or ()), pattern, (one,) if one else runner.MODES, golden)
     elif golden is not None:
         raise ValueError("--golden goes with --backend reference, and not with --grad or --generate")
-    try:
-        work = chosen_jobs(op, pattern, mode, size, grad)
-    except ValueError:
-        if not pattern or not known:
-            raise
+    if known.ids and any(what in pattern for what in ("form=", "golden=")):
+        known_size(size)
         work = []  # the pattern names answers that are known beforehand, and no case
+    else:
+        work = chosen_jobs(op, pattern, mode, size, grad)
     if show_cases:
-        typer.echo("\n".join(dict.fromkeys(job.case for job in work)))
+        typer.echo("\n".join([*dict.fromkeys(job.case for job in work), *known.ids]))
         return
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # what can be wrong is found before the cases run
@@ -95,7 +94,8 @@ def conform(
     with runner.Worker(backend, runner.modes(work)) as worker:
         waivers = read_waivers(Path(worker.about.waivers))
         work, extent = within(backend, work, worker.about, size)
-        total = 2 * generate * len({job.op for job in work}) if generate else len(work)
+        drawn = generate * len({(job.op, job.mode) for job in work})
+        total = drawn if generate else len(work)
         try:
             with progress(total) as advance:
                 for outcome in (
@@ -103,7 +103,7 @@ def conform(
                 ):
                     outcomes.append(outcome)
                     advance()
-                outcomes += known
+                outcomes += known.outcomes()
         except KeyboardInterrupt:
             interrupted = True
             common.notes.print(f"[yellow]interrupted[/] after {len(outcomes)} of {total} cases")
@@ -155,8 +155,7 @@ def chosen_jobs(op: Sequence[str] | None, pattern: str, mode: str | None, size: 
     known_mode(mode)
     if grad and mode == "deployed":
         raise ValueError("--grad is in mode exact: mode deployed rounds, and has no gradients")
-    if size not in SIZES:
-        raise ValueError(f"--size must be {', '.join(SIZES[:-1])} or {SIZES[-1]}, got {size!r}")
+    known_size(size)
     ops = chosen_ops(op or ())
     modes: tuple[str, ...] = (runner.GRAD,) if grad else runner.MODES if mode is None else (mode,)
     id, _, pasted = pattern.partition("@")
@@ -178,6 +177,12 @@ def known_mode(mode: str | None) -> str | None:
     if mode not in (None, *MODES):
         raise ValueError(f"--mode must be {' or '.join(MODES)}, got {mode!r}")
     return mode
+
+
+def known_size(size: str) -> None:
+    """ValueError where it is none."""
+    if size not in SIZES:
+        raise ValueError(f"--size must be {', '.join(SIZES[:-1])} or {SIZES[-1]}, got {size!r}")
 
 
 def _pasted(id: str, pasted: str, modes: Sequence[str], ops: Sequence[str]) -> list[Job]:

@@ -19,6 +19,7 @@ from dsv4_hal.conformance.runner import Outcome, of_budget
 from dsv4_hal.dispatch import Resolved
 from dsv4_hal.formats import FORMATS, QTensor, Weight, quantize
 from dsv4_hal.ops import KV
+from dsv4_hal.registry import FALLBACK
 
 NAME = "closed forms"
 EPS = torch.finfo(torch.float32).eps
@@ -61,7 +62,7 @@ def chosen(ops: Sequence[str], pattern: str = "") -> list[Form]:
 def outcome(one: Form, ops: Resolved) -> Outcome:
     """What comes of a form on the reference's ops."""
     runs_as = next(r.runs_as for r in ops.resolutions if r.op == one.op)
-    told = Outcome("reference", one.op, one.id, "exact", runs_as, "error", against=(NAME,))
+    told = Outcome(FALLBACK, one.op, one.id, "exact", runs_as, "error", against=(NAME,))
     try:
         got, want = one.check(ops)
     except Exception as error:
@@ -71,7 +72,7 @@ def outcome(one: Form, ops: Resolved) -> Outcome:
         told,
         verdict="agrees" if found.ok else "disagrees",
         message="" if found.ok else f"{found.message}: {one.says}",
-        of_budget=of_budget(found, BUDGET) if found.metrics else math.inf,
+        of_budget=of_budget(found, BUDGET),
         metrics={"y": found.metrics},
     )
 

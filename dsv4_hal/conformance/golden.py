@@ -9,13 +9,12 @@ are as everywhere: four times what the reference differs by from itself in float
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,37 +26,42 @@ from dsv4_hal.conformance.runner import MODES, Outcome, of_budget
 from dsv4_hal.model.step import Step
 from dsv4_hal.model.transformer import Model
 from dsv4_hal.numerics import numerics_for
+from dsv4_hal.registry import FALLBACK
 
 NAME = "golden vectors"
-FILES = ("expected.safetensors", "expected_exact.safetensors")
+FILES = {"exact": "expected_exact.safetensors", "deployed": "expected.safetensors"}
+_COMPARED = {"exact": re.compile(r"(.*logits)"), "deployed": re.compile(r"prefill\.(layers\.\d+\.(?:attn|ffn))\.in")}
 SOURCES = Path(__file__).parents[2] / "tests" / "data" / "tiny"  # where the sources are
 
 
 def missing(directory: Path) -> str:
     """Why the folder has no golden vectors; "" if it has."""
-    absent = [name for name in FILES if not (directory / name).is_file()]
+    absent = [name for name in sorted(FILES.values()) if not (directory / name).is_file()]
     return f"{directory} has no {absent[0]}: --golden DIR names a folder that has" if absent else ""
 
 
-def outcomes(directory: Path, pattern: str = "", modes: Sequence[str] = MODES) -> Iterator[Outcome]:
-    """Of the comparisons in these modes whose id contains the pattern."""
-    for mode, file, compared in (("exact", FILES[1], _logits), ("deployed", FILES[0], _blocks)):
-        want = load_file(directory / file)
-        chosen = [name for name in _names(want) if pattern in f"{_id(name)}@{mode}"]
-        if mode in modes and chosen:
-            tokens = load_file(directory / FILES[0])["tokens"]
-            narrow, wide = (load(str(directory), "reference", mode, wide) for wide in (False, True))
-            yield from compared(chosen, want, tokens, narrow, wide)
+def chosen(directory: Path, pattern: str = "", modes: Sequence[str] = MODES) -> dict[str, list[str]]:
+    """Mode -> names of what is compared, logits or blocks, whose id contains the pattern."""
+    found: dict[str, list[str]] = {}
+    for mode in modes:
+        with safe_open(directory / FILES[mode], framework="pt") as file:
+            names = [name[1] for key in file.keys() if (name := _COMPARED[mode].fullmatch(key))]  # noqa: SIM118
+        if mine := [name for name in names if pattern in f"{case_id(name)}@{mode}"]:
+            found[mode] = mine
+    return found
 
 
-def _id(name: str) -> str:
+def outcomes(directory: Path, names: Mapping[str, Sequence[str]]) -> Iterator[Outcome]:
+    """Of these comparisons; names as `chosen` returns them."""
+    tokens = load_file(directory / FILES["deployed"])["tokens"]
+    for mode in names:
+        narrow, wide = (load(str(directory), FALLBACK, mode, wide) for wide in (False, True))
+        compared = _logits if mode == "exact" else _blocks
+        yield from compared(names[mode], load_file(directory / FILES[mode]), tokens, narrow, wide)
+
+
+def case_id(name: str) -> str:
     return f"model[golden={name}]"
-
-
-def _names(want: Mapping[str, Tensor]) -> list[str]:
-    """What is compared: logits, or blocks."""
-    blocks = [re.fullmatch(r"prefill\.(layers\.\d+\.(?:attn|ffn))\.in", name) for name in want]
-    return [found[1] for found in blocks if found] or [name for name in want if name.endswith("logits")]
 
 
 def _logits(
@@ -106,12 +110,16 @@ def _outcome(name: str, mode: str, got: Tensor, want: Tensor, exactly: Tensor) -
     if name.endswith("attn"):
         budget = raised(budget, numerics_for(mode))
     found = nmse(got, want, budget)
-    told = Outcome("reference", "model", _id(name), mode, "reference", "agrees", against=(NAME,))
-    return replace(
-        told,
-        verdict="agrees" if found.ok else "disagrees",
-        message=found.message,
-        of_budget=of_budget(found, budget) if found.metrics else math.inf,
-        metrics={"y": found.metrics},
+    return Outcome(
+        FALLBACK,
+        "model",
+        case_id(name),
+        mode,
+        "reference",
+        "agrees" if found.ok else "disagrees",
+        found.message,
+        of_budget(found, budget),
+        {"y": found.metrics},
         size="quick",
+        against=(NAME,),
     )

@@ -65,7 +65,8 @@ class Run:
         told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
         if self.backend == FALLBACK:
             asked = Counter(oracle for o in self.outcomes for oracle in o.against)
-            own_text = "the reference, against " + ", ".join(f"{oracle} ({n})" for oracle, n in asked.items())
+            told_of = ", ".join(f"{oracle} ({n})" for oracle, n in asked.items())
+            own_text = f"the reference, against {told_of or 'no oracle'}"
         else:
             own_text = f"{own} native op{'' if own == 1 else 's'} of the {len(self.runs_as)} that ran"
         return f"{self.backend}: {own_text}; {len(self.outcomes)} cases: {told or 'none'}; {self.extent}"

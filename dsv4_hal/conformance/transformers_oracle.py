@@ -7,9 +7,12 @@ tokens, which its reshapes refuse.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -133,13 +136,11 @@ class Transformers(Naive):
             _, weights, ids = router(logits, torch.arange(tokens))
             return ids, weights
         router = filled(modeling().DeepseekV4TopKRouter(config), weight=eye)
-        choice = router.score_fn(logits) + (0 if bias is None else bias)
-        # It leaves the order open; of those that it would choose any of, the contract fixes which.
-        ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
-        router.top_k = experts
-        _, weights, every = router(logits)
-        chosen = torch.zeros_like(weights).scatter(1, every, weights).gather(1, ids)
-        return ids, chosen / chosen.sum(-1, keepdim=True) * scale
+        if bias is not None:
+            filled(router, e_score_correction_bias=bias)
+        with stable_order():
+            _, weights, ids = router(logits)
+        return ids, weights
 
     def swiglu(
         self, gate_up: Tensor, limit: float | None, row_weight: Tensor | None = None, *, out: Tensor | None = None
@@ -201,6 +202,19 @@ class Transformers(Naive):
         )
         module = filled(modeling().DeepseekV4HyperHead(config), hc_fn=fn, hc_base=base, hc_scale=scale)
         return module(streams[None])[0]
+
+
+@contextmanager
+def stable_order() -> Iterator[None]:
+    """While this lasts, torch.topk gives the best first, and equal ones in order of index, as the contract does:
+    transformers leaves both open."""
+
+    def topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+        values, indices = x.sort(dim=dim, descending=largest, stable=True)
+        return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
+
+    with patch.object(torch, "topk", topk), patch.object(Tensor, "topk", topk):
+        yield
 
 
 def filled(module: Any, **weights: Tensor) -> Any:

@@ -31,6 +31,14 @@ def test_answers_that_are_known_beforehand(tool: Tool) -> None:
     assert golden.code == 0 and "against golden vectors (1); 1 cases: 1 agrees" in golden.out, golden.err
 
 
+def test_answers_are_listed(tool: Tool) -> None:
+    assert tool("conform", "-p", "rope[form=", "--list").out.split() == [
+        "rope[form=turned_points]",
+        "rope[form=turned_back]",
+    ]
+    assert "model[golden=layers.4.ffn]" in tool("conform", "--list").out.split()
+
+
 def test_null_makes_no_claim_of_agreement(tool: Tool) -> None:
     done = tool("conform", "--backend", "null", *FEW)
     assert done.code == 0, done.err
@@ -158,6 +166,8 @@ def test_mutants(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
         (("--mutants", "-o", "rope"), 2, "it goes with no other option"),
         (("-p", "like-this"), 2, "no case has 'like-this' in its id"),
         (("--limit", "inf"), 2, "--limit"),
+        (("-p", "model[golden=layers.9"), 2, "no case has 'model[golden=layers.9' in its id"),
+        (("-p", "rope[form=turned_back]", "--size", "huge"), 2, "--size must be tiny, interpreted, quick or full"),
         (("--golden", "nowhere"), 2, "nowhere has no expected.safetensors: --golden DIR names a folder that has"),
         (("--golden", "nowhere", "--backend", "null"), 2, "--golden goes with --backend reference"),
         (("--grad", "--mode", "deployed"), 2, "mode deployed rounds, and has no gradients"),

@@ -141,7 +141,7 @@ def test_without_transformers_that_is_said(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_golden_vectors_agree(tiny_dir: Path) -> None:
-    found = list(golden.outcomes(tiny_dir))
+    found = list(golden.outcomes(tiny_dir, golden.chosen(tiny_dir)))
     assert [o.verdict for o in found] == ["agrees"] * 13, [o for o in found if not o.ok]
     assert {o.op for o in found} == {"model"} and {o.against for o in found} == {("golden vectors",)}
     assert max(o.of_budget or 0 for o in found) > 0.05  # the budgets are no wide cloak
@@ -150,22 +150,23 @@ def test_golden_vectors_agree(tiny_dir: Path) -> None:
 def test_golden_vectors_object_to_a_wrong_model(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Reference.swiglu
     monkeypatch.setattr(Reference, "swiglu", lambda self, x, limit, *more, **out: right(self, x, None, *more, **out))
-    found = list(golden.outcomes(tiny_dir, "ffn", ["deployed"]))
+    found = list(golden.outcomes(tiny_dir, golden.chosen(tiny_dir, "ffn", ["deployed"])))
     assert any(o.verdict == "disagrees" and (o.of_budget or 0) > 10 for o in found), found
 
 
 def test_which_answers_are_chosen(tmp_path: Path, tiny_dir: Path) -> None:
     every = list(OPS)
-    assert answers(every, "").vectors == golden.SOURCES
-    assert answers(["rope"], "").vectors is None and len(answers(["rope"], "").forms) == 2
-    assert [f.id for f in answers(every, "rope[form=turned_b").forms] == ["rope[form=turned_back]"]
-    assert answers(every, "rope[form=turned_b").vectors is None
-    assert not answers(every, "nothing") and not answers(["rope"], "", ["deployed"])
+    assert {mode: len(names) for mode, names in answers(every, "").vectors.items()} == {"exact": 3, "deployed": 10}
+    assert answers(["rope"], "").ids == ["rope[form=turned_points]", "rope[form=turned_back]"]
+    assert answers(every, "rope[form=turned_b").ids == ["rope[form=turned_back]"]
+    assert answers(every, "layers.3.attn]@deployed").ids == ["model[golden=layers.3.attn]"]
+    for nothing in (answers(every, "model[golden=layers.9"), answers(["rope"], "", ["deployed"])):
+        assert not nothing.ids and not list(nothing.outcomes())
     with pytest.raises(ValueError, match=r"has no expected\.safetensors: --golden DIR names a folder that has"):
-        answers(every, "", vectors=tmp_path)
+        answers(every, "", folder=tmp_path)
     shutil.copy(tiny_dir / "expected.safetensors", tmp_path)
     with pytest.raises(ValueError, match=r"has no expected_exact\.safetensors"):
-        answers(every, "", vectors=tmp_path)
+        answers(every, "", folder=tmp_path)
 
 
 def test_an_installed_package_says_that_it_has_no_golden_vectors(
@@ -173,9 +174,9 @@ def test_an_installed_package_says_that_it_has_no_golden_vectors(
 ) -> None:
     monkeypatch.setattr(golden, "SOURCES", tmp_path / "none")
     found = answers(list(OPS), "")
-    assert found.vectors is None and "golden vectors: " in found.unasked[-1]
+    assert not found.vectors and "golden vectors: " in found.unasked[-1]
 
 
 def test_outcomes_keep_their_oracles(tiny_dir: Path) -> None:
-    (one,) = golden.outcomes(tiny_dir, "model[golden=layers.0.ffn]@deployed")
+    (one,) = golden.outcomes(tiny_dir, golden.chosen(tiny_dir, "model[golden=layers.0.ffn]@deployed"))
     assert isinstance(one, Outcome) and one.to_dict()["against"] == ("golden vectors",)

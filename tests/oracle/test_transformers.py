@@ -17,20 +17,15 @@ from peer_transformers import hf_model  # noqa: E402
 
 import dsv4_hal  # noqa: E402
 from dsv4_hal import Batch  # noqa: E402
+from dsv4_hal.conformance.transformers_oracle import stable_order  # noqa: E402
 from dsv4_hal.model.config import ModelConfig  # noqa: E402
 from dsv4_hal.model.transformer import Model  # noqa: E402
 from dsv4_hal.ops import KV  # noqa: E402
 
 
-def stable_topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True):
-    """Equal scores in order of index: transformers' own topk leaves their order open, and ReLU makes many zeros."""
-    values, indices = x.sort(dim=dim, descending=largest, stable=True)
-    return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
-
-
 @pytest.fixture(autouse=True)
 def stable() -> Iterator[None]:
-    with patch.object(torch, "topk", stable_topk), patch.object(Tensor, "topk", stable_topk):
+    with stable_order():
         yield
 
 
