@@ -39,8 +39,11 @@ class Answers:
 def answers(ops: Sequence[str], pattern: str, modes: Sequence[str] = MODES, folder: Path | None = None) -> Answers:
     """The answers of these ops, and where they are all ops of the whole model, whose id contains the pattern.
 
-    folder  of golden vectors; None: those of the sources, where they are. ValueError where it has none.
+    folder  of golden vectors; None: those of the sources, where they are. ValueError where it has none, or where they
+            are not asked, since they are of no single op.
     """
+    if folder is not None and len(ops) != len(OPS):
+        raise ValueError("golden vectors are of a whole model: --golden does not go with -o")
     unasked = [f"transformers: {why}"] if (why := transformers_oracle.missing()) else []
     vectors: Mapping[str, Sequence[str]] = {}
     if why := golden.missing(folder or golden.SOURCES):

@@ -88,6 +88,8 @@ def _value(name: str, text: str, annotation: str) -> Any:
             return number
     except (ValueError, KeyError):
         raise ValueError(f"{name}: {text} is no {kind}" + (f" up to {LARGEST}" if kind == "int" else "")) from None
+    if any(int(number) > LARGEST for number in re.findall(r"\d+", text)):
+        raise ValueError(f"{name}: {text} has a number above {LARGEST}")
     if name.endswith("[ragged=...]"):
         ragged_of(text)
     return text

@@ -168,6 +168,7 @@ def test_mutants(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
         (("--limit", "inf"), 2, "--limit"),
         (("-p", "model[golden=layers.9"), 2, "no case has 'model[golden=layers.9' in its id"),
         (("-p", "rope[form=turned_back]", "--size", "huge"), 2, "--size must be tiny, interpreted, quick or full"),
+        (("--golden", "nowhere", "-o", "rope"), 2, "--golden does not go with -o"),
         (("--golden", "nowhere"), 2, "nowhere has no expected.safetensors: --golden DIR names a folder that has"),
         (("--golden", "nowhere", "--backend", "null"), 2, "--golden goes with --backend reference"),
         (("--grad", "--mode", "deployed"), 2, "mode deployed rounds, and has no gradients"),

@@ -32,6 +32,7 @@ def test_any_other_case_of_the_same_functions() -> None:
         ("rms_norm[weighted=True,tokens=99999999,width=48]", "99999999 is no int up to"),
         ("rms_norm[weighted=True,tokens=2,depth=48]", "no case of rms_norm has just the parameters"),
         ("rms_norm[weighted=True,tokens=02,width=48]", "is written rms_norm[weighted=True,tokens=2,width=48]"),
+        ("sparse_attention[ragged=1at99999999,entries=none]", "ragged=...]: 1at99999999 has a number above"),
         ("sparse_attention[ragged=1at,entries=none]", "'1at' is no ragged step"),
     ],
 )
