@@ -53,8 +53,8 @@ def chosen(directory: Path, pattern: str = "", modes: Sequence[str] = MODES) -> 
 
 def outcomes(directory: Path, names: Mapping[str, Sequence[str]]) -> Iterator[Outcome]:
     """Of these comparisons; names as `chosen` returns them."""
-    tokens = load_file(directory / FILES["deployed"])["tokens"]
     for mode in names:
+        tokens = load_file(directory / FILES["deployed"])["tokens"]
         narrow, wide = (load(str(directory), FALLBACK, mode, wide) for wide in (False, True))
         compared = _logits if mode == "exact" else _blocks
         yield from compared(names[mode], load_file(directory / FILES[mode]), tokens, narrow, wide)

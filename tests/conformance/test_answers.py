@@ -175,6 +175,7 @@ def test_an_installed_package_says_that_it_has_no_golden_vectors(
     monkeypatch.setattr(golden, "SOURCES", tmp_path / "none")
     found = answers(list(OPS), "")
     assert not found.vectors and "golden vectors: " in found.unasked[-1]
+    assert {outcome.against for outcome in found.outcomes()} == {("closed forms",)}
 
 
 def test_outcomes_keep_their_oracles(tiny_dir: Path) -> None:
