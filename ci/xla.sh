@@ -4,7 +4,7 @@
 # SIZE=quick bash ci/xla.sh .venv/bin runs longer cases too; most of the time goes to compiling.
 set -euo pipefail
 bin=$(cd "$1" && pwd)
-size=${SIZE:-interpreted}
+size=${SIZE:-tiny}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PATH="$bin:$PATH"
