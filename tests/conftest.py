@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ from dsv4_hal.model.weights import weight_table
 from dsv4_hal.numerics import exact
 
 DATA = Path(__file__).parent / "data"
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on the CPU
 
 torch.set_num_threads(1)  # tensors here are small, and workers of pytest-xdist would fight over the cores
 

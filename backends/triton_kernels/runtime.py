@@ -1,0 +1,57 @@
+"""How kernels are launched, and whether they are compiled for a device or interpreted on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4_hal.backends.triton_kernels import interpreter
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1; decided when triton is imported
+
+if INTERPRETED:
+    interpreter.install()
+
+
+def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
+    """Run `kernel` once per point of the grid, on the device of its first tensor; not at all where the grid is empty.
+
+    options  constants of the kernel; and num_warps, num_stages, which only a compiler reads
+    """
+    if not all(grid):
+        return
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[tuple(grid)](*args, **options)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n: what a block of n columns is padded to."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., D] as rows [N, D] whose columns lie side by side: a view where its strides allow it, else a copy."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x[..., 0].numel(), x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def result(shape: Sequence[int], dtype: torch.dtype, device: torch.device, out: Tensor | None) -> Tensor:
+    """What a kernel writes to: the caller's `out` where it is contiguous, else a new tensor, which `emit` copies."""
+    if out is not None and out.is_contiguous():
+        return out
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def emit(made: Tensor, out: Tensor | None) -> Tensor:
+    """The result of an op: the caller's `out` if there is one."""
+    return made if out is None or out is made else out.copy_(made)
