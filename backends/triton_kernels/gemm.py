@@ -180,8 +180,10 @@ def weight_rows(
     them where a block holds the whole tile."""
     row = column.to(tl.int64)
     if SCALES == "block" and BLOCK_N % BN == 0:
-        return w + row * w_stride, w_scale + first // BLOCK_N * w_scale_stride
-    return w + row * w_stride, w_scale + row // BLOCK_N * w_scale_stride
+        scales = w_scale + first // BLOCK_N * w_scale_stride
+    else:
+        scales = w_scale + row // BLOCK_N * w_scale_stride
+    return w + row * w_stride, scales
 
 
 @triton.jit
