@@ -10,6 +10,7 @@ from torch import Tensor
 from dsv4_hal.backends.triton_kernels.runtime import launch, power_of_two
 
 TILE = 2048  # logits that a program holds at a time
+ROWS = 32  # rows of a program, at most
 SMALLEST = 2.0**-126  # temperature: a smaller one leaves the largest logits, too
 
 
@@ -33,7 +34,7 @@ def _largest(logits, row_stride, column_stride, out, rows, V: tl.constexpr, ROWS
 def likelihood(source, column_stride, id, there, peak, temperature):
     """Probabilities of ids, times what makes the largest 1: exp((x - peak) / temperature); 0 where none is there."""
     x = tl.load(source + id.to(tl.int64) * column_stride, mask=there, other=-float("inf")).to(tl.float32)
-    return tl.exp(tl.div_rn(x - peak, temperature))
+    return tl.exp((x - peak) / temperature)
 
 
 @triton.jit
@@ -133,7 +134,7 @@ def largest(logits: Tensor) -> Tensor:
     rows, width = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     block = min(TILE, power_of_two(width))
-    per = TILE // block
+    per = min(ROWS, TILE // block)
     launch(
         _largest,
         (triton.cdiv(rows, per),),
@@ -155,7 +156,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> T
     rows, width = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     block = min(TILE, power_of_two(width))
-    per = TILE // block
+    per = min(ROWS, TILE // block)
     launch(
         _draw,
         (triton.cdiv(rows, per),),
