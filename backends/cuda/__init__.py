@@ -12,14 +12,17 @@ import triton
 
 from dsv4_hal.backend import BackendError, Facts, Verdict
 from dsv4_hal.backends.cuda.devices import ARCHS, Arch, arch_of, current
+from dsv4_hal.backends.cuda.experts import Experts
 from dsv4_hal.backends.cuda.gemm import Gemm
+from dsv4_hal.backends.cuda.moe import Moe
 from dsv4_hal.backends.cuda.norm_rope import NormRope
+from dsv4_hal.backends.cuda.sampling import Sampling
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.backends.triton_kernels.runtime import INTERPRETED
 from dsv4_hal.numerics import Numerics
 
 
-class Cuda(Gemm, NormRope, Reference):
+class Cuda(Experts, Gemm, Moe, NormRope, Sampling, Reference):
     name = "cuda"
     device_type = "cpu" if INTERPRETED else "cuda"
     automatic = not INTERPRETED

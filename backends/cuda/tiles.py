@@ -27,3 +27,6 @@ GEMM: Mapping[str, Mapping[str, Tile]] = {
         "float32": _SINGLE,
     },
 }
+
+# the same for the product with gate and up, which holds two sums
+EXPERTS: Mapping[str, Mapping[str, Tile]] = GEMM

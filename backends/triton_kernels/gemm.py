@@ -2,7 +2,8 @@
 
 Codes become operands of the matrix units without a rounding, and sums are float32. Where scales go hangs on how many
 columns of K share one:
-  block  128 columns, of a weight or of activations: the product of these columns is scaled, and added in float32
+  block  128 columns, of a weight or of activations: the product of these columns is scaled, and added in float32;
+         "tile" where all rows of a weight's tile have one scale
   row    all columns: the sum is scaled, at its end
   fold   fewer, powers of two: the operand is scaled, which bfloat16 and float32 hold exactly
   mx     the same, left to matrix units that take such scales
@@ -100,7 +101,10 @@ def product(
     x_scale,
     there,
     w,
+    w_stride,
     w_scale,
+    w_scale_stride,
+    first,
     inside,
     K: tl.constexpr,
     X: tl.constexpr,
@@ -115,46 +119,45 @@ def product(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Rows times rows -> [BM, BN] float32.
+    """Rows of x times rows first .. first + BN - 1 of w -> [BM, BN] float32.
 
-    x, x_scale  pointers to the start of BM rows and of their scales; `there` says which rows exist
-    w, w_scale  the same for BN rows of the weight, and `inside`
-    X, W        elements: "plain", or the code
-    SCALES      of the weight: "none", "block", "row", "fold", "mx", see above; BLOCK_N, BLOCK_K share one
+    x, x_scale     pointers to the start of BM rows and of their scales; `there` says which of the rows exist
+    w, w_scale     pointers to matrices; `inside` says which of the BN rows exist
+    X, W           elements: "plain", or the code; PACK codes of w in a byte
+    SCALES         of w: "none", "tile" (block, and one for all BN rows), "block", "row", "fold", "mx": see above
+    BLOCK_N, _K    rows and columns of w that share a scale; 0: all
     """
+    row = (first + tl.arange(0, BN)).to(tl.int64)
+    w += row * w_stride
+    w_scale += (first // BLOCK_N if SCALES == "tile" else row // BLOCK_N) * w_scale_stride
     acc = tl.zeros((BM, BN), tl.float32)
     k = tl.arange(0, BK)
     byte = tl.arange(0, BK // PACK)
     for start in range(0, K, BK):
         left = tl.load(x[:, None] + (start + k)[None], mask=there[:, None] & (start + k < K)[None], other=0)
+        if SCALES == "fold":
+            right = folded(w, w_scale, inside, start, K, W, PACK, BLOCK_K, OPERAND, BN, BK)
+        else:
+            at = start // PACK + byte
+            right = tl.load(w[:, None] + at[None], mask=inside[:, None] & (at < K // PACK)[None], other=0)
         if SCALES == "mx":
             part = start + tl.arange(0, BK // 32) * 32
-            most = start // PACK + byte
-            right = tl.load(w[:, None] + most[None], mask=inside[:, None] & (most < K // PACK)[None], other=0)
-            left_scale = tl.load(
-                x_scale[:, None] + (part // 128)[None], mask=there[:, None] & (part < K)[None], other=0
-            )
-            right_scale = tl.load(
-                w_scale[:, None] + (part // 32)[None], mask=inside[:, None] & (part < K)[None], other=0
-            )
+            within = (part < K)[None]
+            left_scale = tl.load(x_scale[:, None] + (part // 128)[None], mask=there[:, None] & within, other=0)
+            right_scale = tl.load(w_scale[:, None] + (part // 32)[None], mask=inside[:, None] & within, other=0)
             acc = tl.dot_scaled(left, left_scale, "e4m3", tl.trans(right), right_scale, W, acc)
         else:
             left = operand(left, X, OPERAND, FP8)
-            if SCALES == "fold":
-                right = folded(w, w_scale, inside, start, K, W, PACK, BLOCK_K, OPERAND, BN, BK)
-            else:
-                most = start // PACK + byte
-                right = tl.load(w[:, None] + most[None], mask=inside[:, None] & (most < K // PACK)[None], other=0)
+            if SCALES != "fold":
                 right = operand(right, W, OPERAND, FP8)
-            if X == "plain" and SCALES != "block":
+            if X == "plain" and SCALES != "tile" and SCALES != "block":
                 acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
             else:
                 part = tl.dot(left, tl.trans(right), input_precision="ieee")
-                if X == "plain":
-                    scale = tl.full((BM,), 1.0, tl.float32)
-                else:
+                scale = tl.full((BM,), 1.0, tl.float32)
+                if X != "plain":
                     scale = stored_scale(tl.load(x_scale + start // 128, mask=there, other=0))
-                if SCALES == "block" and BLOCK_N % BN == 0:
+                if SCALES == "tile":
                     scale *= stored_scale(tl.load(w_scale + start // BLOCK_K))
                 elif SCALES == "block":
                     part *= stored_scale(tl.load(w_scale + start // BLOCK_K, mask=inside, other=0))[None]
@@ -162,28 +165,6 @@ def product(
     if SCALES == "row":
         acc *= stored_scale(tl.load(w_scale, mask=inside, other=0))[None]
     return acc
-
-
-@triton.jit
-def weight_rows(
-    w,
-    w_stride,
-    w_scale,
-    w_scale_stride,
-    column,
-    first,
-    SCALES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Pointers to rows `column` [BN] of a weight, the first of which is `first`, and to their scales: one for all of
-    them where a block holds the whole tile."""
-    row = column.to(tl.int64)
-    if SCALES == "block" and BLOCK_N % BN == 0:
-        scales = w_scale + first // BLOCK_N * w_scale_stride
-    else:
-        scales = w_scale + row // BLOCK_N * w_scale_stride
-    return w + row * w_stride, scales
 
 
 @triton.jit
@@ -204,7 +185,6 @@ def _matmul(
     out_batch,
     out_stride,
     offsets,
-    order,
     rows,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -218,42 +198,30 @@ def _matmul(
     FP8: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    SCATTER: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Matrix `batch` of x times that of w; or, with EXPERTS, rows of every expert times its own matrix.
-
-    SCATTER  row i of the product goes to row order[i] of out
-    """
+    """Matrix `batch` of x times that of w; or, with EXPERTS, rows of every expert times its own matrix."""
     tile, across = tile_of(tl.cdiv(N, BN))
     batch = tl.program_id(1).to(tl.int64)
-    first, stop, matrix = tile.to(tl.int64) * BM, rows, batch
+    begin, stop, matrix = tile.to(tl.int64) * BM, rows, batch
     if EXPERTS > 0:
-        matrix, first, stop = rows_of(tile, offsets, EXPERTS, BLOCK_E, BM)
+        matrix, begin, stop = rows_of(tile, offsets, EXPERTS, BLOCK_E, BM)
         if matrix >= EXPERTS:
             return
-    row = first + tl.arange(0, BM)
-    column = across * BN + tl.arange(0, BN)
+    row, first = begin + tl.arange(0, BM), across * BN
+    column = first + tl.arange(0, BN)
     there, inside = row < stop, column < N
-    w_rows, w_scales = weight_rows(
+    acc = product(
+        x + batch * x_batch + row * x_stride,
+        x_scale + batch * x_scale_batch + row * x_scale_stride,
+        there,
         w + matrix * w_batch,
         w_stride,
         w_scale + matrix * w_scale_batch,
         w_scale_stride,
-        column,
-        across * BN,
-        SCALES,
-        BLOCK_N,
-        BN,
-    )
-    acc = product(
-        x + batch * x_batch + row * x_stride,
-        x_scale + row * x_scale_stride,
-        there,
-        w_rows,
-        w_scales,
+        first,
         inside,
         K,
         X,
@@ -268,8 +236,6 @@ def _matmul(
         BN,
         BK,
     )
-    if SCATTER:
-        row = tl.load(order + row, mask=there, other=0)
     target = out + batch * out_batch + row[:, None] * out_stride + column[None]
     tl.store(target, acc.to(out.dtype.element_ty), mask=there[:, None] & inside[None])
 
@@ -296,11 +262,12 @@ def accepted(x: Tensor | QTensor) -> Tensor | QTensor:
 
 
 def constants(
-    x: Tensor | QTensor, w: QTensor, out_dtype: torch.dtype, units: Units, fold: bool = False
+    x: Tensor | QTensor, w: QTensor, out_dtype: torch.dtype, units: Units, fold: bool = False, parts: int = 1
 ) -> dict[str, Any]:
-    """Constants of the kernel for x, as `accepted`, in front of w: formats, operands, and tiles.
+    """Constants of a kernel for x, as `accepted`, in front of w: formats, operands, and tiles.
 
-    fold  the weight is dequantised and rounded to x's dtype, and that is multiplied
+    fold   the weight is dequantised and rounded to x's dtype, and that is multiplied
+    parts  what w's rows are cut into: tiles begin with each
     """
     fmt, plain_x = w.format, x.dtype if isinstance(x, Tensor) else None
     block_n, block_k = fmt.block or (1, 0)
@@ -321,19 +288,20 @@ def constants(
     operand = DTYPES[wide]
     if wide == torch.float32:
         kind = "float32"
-    elif plain_x is not None:
-        kind = "plain" if fmt.plain else "widened"
-    elif scales == "fold":
-        kind = "widened"
-        if units.scaled and block_k == 32:
-            kind, scales = "scaled", "mx"
-    # Hopper sums products of float8 in fewer bits than float32: too few for a result that is not rounded further
-    elif units.fp8 and fmt.element == "e4m3" and out_dtype.itemsize < 4:
+    elif plain_x is not None and fmt.plain:
+        kind = "plain"
+    elif plain_x is None and scales == "fold" and block_k == 32 and units.scaled:
+        kind, scales = "scaled", "mx"
+    elif plain_x is None and scales in ("block", "row") and fmt.element == "e4m3" and units.fp8 and out_dtype.itemsize < 4:
+        # Hopper sums products of float8 in fewer bits than float32: too few for a result that is not rounded further
         kind, operand = "float8", tl.float8e4nv
     else:
         kind = "widened"
+    tile, height = units.tiles[kind], w.shape[-2] // parts
+    if scales == "block" and block_n % tile["BN"] == 0 and (parts == 1 or height % block_n == 0):
+        scales = "tile"
     return {
-        "N": w.shape[-2],
+        "N": height,
         "K": w.shape[-1],
         "X": "plain" if plain_x else ACTIVATION.element,
         "W": "plain" if fmt.plain else fmt.element,
@@ -343,7 +311,7 @@ def constants(
         "BLOCK_K": block_k,
         "OPERAND": operand,
         "FP8": units.fp8,
-        **units.tiles[kind],
+        **tile,
     }
 
 
@@ -366,14 +334,12 @@ def matmul(
     out: Tensor,
     units: Units,
     offsets: Tensor | None = None,
-    order: Tensor | None = None,
     fold: bool = False,
 ) -> Tensor:
     """x times w transposed -> out, rounded once from float32 sums; out's columns lie side by side.
 
     x [T, K], w [N, K], out [T, N]; or for every g x [T, G, K], w [G, N, K], out [T, G, N].
     offsets  [E + 1] int64 on the device: x [M, K] holds rows of expert e of w [E, N, K] at offsets[e] .. offsets[e + 1]
-    order    [M] int64: row i of the product goes to row order[i] of out
     fold     as in `constants`
     """
     x = accepted(x)
@@ -392,11 +358,9 @@ def matmul(
         target.stride(0),
         target.stride(1),
         target if offsets is None else offsets,
-        target if order is None else order,
         rows,
         EXPERTS=experts,
         BLOCK_E=max(16, power_of_two(experts)),
-        SCATTER=order is not None,
         **chosen,
     )
     return out
