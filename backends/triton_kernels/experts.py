@@ -175,16 +175,17 @@ def hidden_rows(
     assert ACTIVATION.scale_dtype is not None
     scales = torch.empty(ACTIVATION.scale_shape(shape) or (), dtype=ACTIVATION.scale_dtype, device=x.device)
     out = torch.empty(shape, dtype=ACTIVATION.storage if fused else storage, device=x.device)
+    target = code_bytes(out, ACTIVATION) if fused else out
     launch(
         _hidden,
         (row_tiles(rows, experts or 1, chosen["BM"]) * triton.cdiv(shape[1], chosen["BN"]),),
         *strided(x),
         *strided(w13 if w13.scale is not None else w13.data),
-        code_bytes(out, ACTIVATION) if fused else out,
+        target,
         as_bytes(scales),
-        scales if offsets is None else offsets,
-        scales if order is None else order,
-        scales if weights is None else weights.contiguous(),
+        target if offsets is None else offsets,
+        target if order is None else order,
+        target if weights is None else weights.contiguous(),
         rows,
         1 if weights is None else weights.shape[1],
         limit or 0.0,
