@@ -80,6 +80,7 @@ def folded(
     PACK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr,
+    FP8: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -91,7 +92,7 @@ def folded(
     )
     byte = (k // PACK)[None, :, None] + tl.arange(0, part // PACK)[None, None]
     code = tl.load(w[:, None, None] + byte, mask=inside[:, None, None] & (byte < K // PACK), other=0)
-    value = decoded(code, ELEMENT) * stored_scale(scale)[:, :, None]
+    value = operand(code, ELEMENT, tl.float32, FP8) * stored_scale(scale)[:, :, None]
     return tl.reshape(value.to(OPERAND), (BN, BK))
 
 
@@ -136,7 +137,7 @@ def product(
     for start in range(0, K, BK):
         left = tl.load(x[:, None] + (start + k)[None], mask=there[:, None] & (start + k < K)[None], other=0)
         if SCALES == "fold":
-            right = folded(w, w_scale, inside, start, K, W, PACK, BLOCK_K, OPERAND, BN, BK)
+            right = folded(w, w_scale, inside, start, K, W, PACK, BLOCK_K, OPERAND, FP8, BN, BK)
         else:
             at = start // PACK + byte
             right = tl.load(w[:, None] + at[None], mask=inside[:, None] & (at < K // PACK)[None], other=0)
