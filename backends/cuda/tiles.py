@@ -32,8 +32,8 @@ _BLACKWELL = {
 
 # products, by kind of operand: see backends.triton_kernels.gemm.Units
 GEMM: Mapping[str, Mapping[str, Tile]] = {
-    "sm_80": {**_AMPERE, "widened": _tile(64, 64, 64, 4, 3)},
-    "sm_86": {**_AMPERE, "widened": _tile(64, 64, 64, 4, 3)},
+    "sm_80": {**_AMPERE, "widened": _tile(64, 64, 64, 8, 3)},
+    "sm_86": {**_AMPERE, "widened": _tile(64, 64, 64, 8, 3)},
     "sm_89": _AMPERE,
     "sm_90": {
         "plain": _tile(128, 128, 64, 8, 4),
@@ -52,17 +52,16 @@ GEMM: Mapping[str, Mapping[str, Tile]] = {
 _PAIR = {
     "plain": _tile(64, 128, 64, 8, 3),
     "float8": _tile(64, 128, 128, 8, 3),
-    "widened": _tile(64, 128, 64, 8, 3),
-    "float32": _SINGLE,
+    "widened": _tile(64, 128, 32, 8, 3),
+    "float32": _tile(32, 64, 32, 8, 2),
 }
-_PAIR_BLACKWELL = _BLACKWELL
 EXPERTS: Mapping[str, Mapping[str, Tile]] = {
-    "sm_80": {**_PAIR, "widened": _tile(64, 128, 32, 8, 3)},
-    "sm_86": {**_PAIR, "widened": _tile(64, 128, 32, 8, 3)},
+    "sm_80": _PAIR,
+    "sm_86": _PAIR,
     "sm_89": _PAIR,
-    "sm_90": _PAIR,
-    "sm_100": _PAIR_BLACKWELL,
-    "sm_103": _PAIR_BLACKWELL,
+    "sm_90": {**_PAIR, "widened": _tile(64, 128, 64, 8, 3)},
+    "sm_100": _BLACKWELL,
+    "sm_103": _BLACKWELL,
     "sm_120": _PAIR,
     "gfx942": {**_PAIR, "plain": _tile(64, 128, 64, 8, 2), "widened": _tile(64, 128, 64, 8, 2)},
     "gfx950": {k: _tile(64, 128, 128, 8, 2) for k in ("plain", "float8", "widened", "scaled")} | {"float32": _SINGLE},
