@@ -188,6 +188,7 @@ def _shape(rows: int, columns: int, batch: int, fmt: Format) -> tuple[tuple[int,
         "ROWS": per,
         "COUNT": count,
         "WIDTH": width,
+        "num_warps": 4 if per * count * width <= TILE else 16,
     }
 
 
@@ -218,7 +219,6 @@ def encode(x: Tensor, fmt: Format) -> QTensor:
         SCALE=fmt.scale,
         FLOOR=fmt.floor,
         TOP=fmt.top,
-        num_warps=4,
         enable_fp_fusion=False,
         **constants,
     )
@@ -248,7 +248,6 @@ def decode(q: QTensor, dtype: torch.dtype) -> Tensor:
         out,
         codes.shape[1],
         q.shape[-1],
-        num_warps=4,
         enable_fp_fusion=False,
         **constants,
     )
