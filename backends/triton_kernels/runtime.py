@@ -15,6 +15,8 @@ from dsv4_hal.backends.triton_kernels import interpreter
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1; decided when triton is imported
 
+COMPILING: list[str] = []  # the architecture for which launches only compile, see `ahead.py`; else empty
+
 if INTERPRETED:
     interpreter.install()
 
@@ -27,6 +29,8 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
     if not all(grid):
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
+    if device.type == "meta" and not COMPILING:
+        raise RuntimeError("kernels cannot run on the meta device: it has shapes and no values")
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[tuple(grid)](*args, **options)
 
