@@ -15,7 +15,6 @@ from dsv4_hal.backends.triton_kernels.numbers import (
     encode_e4m3,
     encode_e8m0,
     nearest,
-    power_of_two_ceil,
     round_e2m1,
     round_e4m3,
 )
@@ -30,17 +29,26 @@ SPAN = 4096  # elements of token rows that a program of the compressor holds
 def block_scale(x, TOP: tl.constexpr, FLOOR: tl.constexpr, SCALE: tl.constexpr):
     """Scales of blocks x [R, N, B] float32 -> [R, N, 1] float32, rounded to `SCALE`; NaN where one is not finite."""
     size = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2, keep_dims=True)  # NaN is above infinity
-    size = size.to(tl.float32, bitcast=True)
-    scale = tl.div_rn(tl.where(size < FLOOR, FLOOR, size), TOP)
+    amax = size.to(tl.float32, bitcast=True)
+    amax = tl.where(amax < FLOOR, FLOOR, amax)
     if SCALE == "e8m0":
-        return tl.where(size < float("inf"), power_of_two_ceil(scale), float("nan"))
+        # The power of two at or above amax / TOP: exponents subtract, and what is left of a mantissa adds one. That of
+        # the quotient rounded to float32 is the same: the least above a power of two does not round down to it.
+        top = tl.full((1, 1, 1), TOP, tl.float32).to(tl.int32, bitcast=True)
+        bits = amax.to(tl.int32, bitcast=True) - top + 0x3F800000
+        power = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+        return tl.where(amax < float("inf"), power, float("nan"))
+    scale = tl.div_rn(amax, TOP)
     return scale.to(tl.float16).to(tl.float32) if SCALE == "fp16" else scale
 
 
 @triton.jit
 def over_scale(x, scale, SCALE: tl.constexpr):
-    """x / scale to nearest. By a power of two, the product with its inverse is the same, and cheaper."""
-    return x * tl.div_rn(1.0, scale) if SCALE == "e8m0" else tl.div_rn(x, scale)
+    """x / scale to nearest; for a power of two, by its inverse, which is exact."""
+    if SCALE == "e8m0":
+        inverse = (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        return x * tl.where(scale == scale, inverse, scale)
+    return tl.div_rn(x, scale)
 
 
 @triton.jit
@@ -109,7 +117,8 @@ def _store(
     row, block, within = item, 0, item
     if PAGED:
         row = tl.load(source + item, mask=there, other=0)
-        physical = tl.load(target + item, mask=there, other=0)
+        physical = tl.load(target + item, mask=there, other=-1)
+        there = physical >= 0
         block, within = physical // block_rows, physical % block_rows
     value = tl.load(x + row * x_stride + column, mask=there & (column < D), other=0.0).to(STORAGE).to(tl.float32)
     if NORM:
@@ -182,7 +191,7 @@ def store(
     """Rows x [N, dim], as the layout rounds them: in new rows [N, dim] of layout.values, or in a pool; returns either.
 
     into     pool uint8 [blocks, block bytes], rows per block, and int64 [M] both: which rows of x go to which physical
-             rows. Bytes of padding stay as they are.
+             rows, -1 for nowhere. Bytes of padding stay as they are.
     weight   [dim]: an RMS norm first
     cos_sin  tables [N, R / 2] float32: then RoPE; see `can_turn`
     rotate   then the Hadamard rotation; dim is a power of two
