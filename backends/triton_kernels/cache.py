@@ -117,9 +117,9 @@ def _store(
     row, block, within = item, 0, item
     if PAGED:
         row = tl.load(source + item, mask=there, other=0)
-        physical = tl.load(target + item, mask=there, other=-1)
+        physical = tl.load(target + item, mask=there, other=-1).to(tl.int32)  # no device holds 2^31 rows
         there = physical >= 0
-        block, within = physical // block_rows, physical % block_rows
+        block, within = (physical // block_rows).to(tl.int64), physical % block_rows
     value = tl.load(x + row * x_stride + column, mask=there & (column < D), other=0.0).to(STORAGE).to(tl.float32)
     if NORM:
         gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
