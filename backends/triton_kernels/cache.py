@@ -248,7 +248,7 @@ def store(
         CODES=codes,
         ROWS=per,
         BLOCK=block,
-        num_warps=4,
+        num_warps=8 if rotate else 4,  # the Hadamard matrix is held as well
         enable_fp_fusion=False,
     )
     return made

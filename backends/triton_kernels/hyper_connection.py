@@ -184,7 +184,7 @@ def join(
         STEPS=triton.cdiv(min(d, CHUNK), DEPTH),
         TOKENS=TOKENS,
         DEPTH=DEPTH,
-        BLOCK=max(16, power_of_two(rows)),
+        BLOCK=max(32, power_of_two(rows)),
         num_warps=4,
     )
     x = torch.empty(tokens, d, dtype=streams.dtype, device=device)
