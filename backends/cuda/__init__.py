@@ -11,6 +11,7 @@ import torch
 import triton
 
 from dsv4_hal.backend import BackendError, Facts, Verdict
+from dsv4_hal.backends.cuda.autograd import Differentiable
 from dsv4_hal.backends.cuda.devices import ARCHS, Arch, arch_of, current
 from dsv4_hal.backends.cuda.moe import Moe
 from dsv4_hal.backends.cuda.norm_rope import NormRope
@@ -20,7 +21,7 @@ from dsv4_hal.backends.triton_kernels.runtime import INTERPRETED
 from dsv4_hal.numerics import Numerics
 
 
-class Cuda(Moe, NormRope, Sampling, Reference):
+class Cuda(Differentiable, Moe, NormRope, Sampling, Reference):
     name = "cuda"
     device_type = "cpu" if INTERPRETED else "cuda"
     automatic = not INTERPRETED
