@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4_hal.backends.triton_kernels.moe import gated
+from dsv4_hal.backends.triton_kernels.moe import clamped, sigmoid
 from dsv4_hal.backends.triton_kernels.norm_rope import TILE, row_root
 from dsv4_hal.backends.triton_kernels.runtime import as_rows, launch, power_of_two
 
@@ -104,7 +104,8 @@ def _swiglu(
     """One row. A clamp passes the gradient of what it leaves as it is."""
     row = tl.program_id(0).to(tl.int64)
     source, target, lane = gate_up + row * row_stride, to_gate_up + row * 2 * WIDTH, tl.arange(0, COLUMNS)
-    weight, share = 1.0, tl.zeros([COLUMNS], tl.float32)
+    weight = 1.0
+    share = tl.zeros([COLUMNS], tl.float64)  # a row becomes one number, and much of it cancels
     if WEIGHTED:
         weight = tl.load(row_weight + row * weight_stride).to(tl.float32)
     for first in range(0, WIDTH, COLUMNS):
@@ -113,17 +114,19 @@ def _swiglu(
         g = tl.load(given + row * given_row + column * given_column, mask=there, other=0.0).to(tl.float32)
         raw_gate = tl.load(source + column * column_stride, mask=there, other=0.0).to(tl.float32)
         raw_up = tl.load(source + (column + WIDTH) * column_stride, mask=there, other=0.0).to(tl.float32)
-        gate, sigmoid, up = gated(raw_gate, raw_up, limit, LIMITED)
-        share += g * gate * sigmoid * up
+        gate, up = clamped(raw_gate, raw_up, limit, LIMITED)
+        slope = sigmoid(gate)
+        silu = gate * slope
+        share += silu.to(tl.float64) * up * g
         g *= weight
-        by_gate, by_up = g * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), g * gate * sigmoid
+        by_gate, by_up = g * up * (slope + silu * (1.0 - slope)), g * silu
         if LIMITED:
             by_gate = tl.where(raw_gate > limit, 0.0, by_gate)
             by_up = tl.where(tl.abs(raw_up) > limit, 0.0, by_up)
         tl.store(target + column, by_gate.to(to_gate_up.dtype.element_ty), mask=there)
         tl.store(target + WIDTH + column, by_up.to(to_gate_up.dtype.element_ty), mask=there)
     if WEIGHTED:
-        tl.store(to_weight + row, tl.sum(share, 0))
+        tl.store(to_weight + row, tl.sum(share, 0).to(tl.float32))
 
 
 def swiglu(
