@@ -3,7 +3,7 @@
 Where gradients are wanted, an op runs as a torch.autograd.Function: forwards it is the kernel; backwards a derivative
 from BACKWARD, or, for all other ops, what the op means is computed again and differentiated by torch: a primitive by
 the reference, a composite by its definition in the contract, on this backend's own ops. Where none are wanted, the
-kernel is called as ever. Gradients have no gradients of their own: torch raises where they are asked for.
+kernel is called as ever. Gradients have no graph, and so no gradients of their own: who asks for them gets an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dsv4_hal import formats
 from dsv4_hal.backend import Backend
@@ -64,9 +63,9 @@ def differentiable(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         if any(t.is_floating_point() for t in made):
             arguments, inputs = taken_apart(given)
             choice = made[0].detach() if op in CHOICES else None
-            made = _Op.apply(Call(self, op, arguments, choice), made, *inputs)  # type: ignore[no-untyped-call]
-        if out is not None:  # torch differentiates the copy
-            made = (out.copy_(made[0]), *made[1:])
+            made = list(_Op.apply(Call(self, op, arguments, choice), made, *inputs))
+        if out is not None:
+            made[0] = out.copy_(made[0])  # which torch differentiates
         return filled(form, made)
 
     return call
@@ -139,8 +138,9 @@ class _Op(torch.autograd.Function):
         return tuple(made)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{ctx.call.op}: kernels have no second derivatives (create_graph=True)")
         inputs = ctx.saved_tensors
         found = ctx.call.gradients(inputs, ctx.needs_input_grad[2:], given)
         cast = (None if g is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True))
