@@ -15,6 +15,7 @@ from dsv4_hal.backends.cuda.devices import ARCHS, DEFAULT, Arch, assumed, presen
 from dsv4_hal.backends.cuda.norm_rope import NormRope
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.backends.triton_kernels.runtime import INTERPRETED
+from dsv4_hal.formats import FORMATS, RowLayout, flashmla_rows, index_fp4_rows
 from dsv4_hal.numerics import Numerics
 
 
@@ -72,6 +73,15 @@ class Cuda(NormRope, Reference):
         if self.numerics.accumulate != torch.float32 and self.origin(op).kind == "native":
             return Verdict(False, f"its kernels sum in float32, the profile in {self.numerics.accumulate}")
         return super().supports(op, facts)
+
+    def row_layout(self, kind: str, dim: int, rope: int, ratio: int, window: int = 0) -> RowLayout:
+        """FlashMLA's rows where FP8 rows fill its blocks, packed MXFP4 for indexer keys; else plain values."""
+        fp8, fp4 = self.numerics.kv == FORMATS["e4m3_1x64"], self.numerics.index == FORMATS["mxfp4"]
+        if kind in ("window", "entries") and fp8 and dim > rope and (dim - rope) % 64 == 0:
+            return flashmla_rows(ratio, window, dim, rope)
+        if kind == "index" and fp4 and dim % 32 == 0:
+            return index_fp4_rows(ratio, dim)
+        return super().row_layout(kind, dim, rope, ratio, window)
 
 
 def _arch() -> Arch | None:
