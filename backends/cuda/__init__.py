@@ -11,6 +11,7 @@ import torch
 import triton
 
 from dsv4_hal.backend import BackendError, Facts, Verdict
+from dsv4_hal.backends.cuda.attention import Attention
 from dsv4_hal.backends.cuda.devices import ARCHS, DEFAULT, Arch, assumed, present
 from dsv4_hal.backends.cuda.norm_rope import NormRope
 from dsv4_hal.backends.reference import Reference
@@ -19,7 +20,7 @@ from dsv4_hal.formats import FORMATS, RowLayout, flashmla_rows, index_fp4_rows
 from dsv4_hal.numerics import Numerics
 
 
-class Cuda(NormRope, Reference):
+class Cuda(Attention, NormRope, Reference):
     """arch  the architecture that kernels and tiles are chosen for: the GPU's own, or one that is assumed. Interpreted
     kernels compute what they would on it; else, where it is not this machine's, there are shapes on the meta device:
     enough to explain what would run, and to compile it."""
