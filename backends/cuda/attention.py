@@ -39,7 +39,7 @@ class Attention(ops.Attention):
             ratio=ratio,
             narrow=self.numerics.score,
             with_scores=with_scores,
-            tile=tiles.INDEX[self.arch.name],
+            tile=(tiles.INDEX_FLOAT32 if self._wide else tiles.INDEX)[self.arch.name],
         )
 
     def sparse_attention(
@@ -73,9 +73,14 @@ class Attention(ops.Attention):
             ratio=ratio,
             longest=int(batch.lengths.max(initial=0)) // ratio,
             probs=self.numerics.probs,
-            tile=tiles.ATTENTION[self.arch.name],
+            tile=(tiles.ATTENTION_FLOAT32 if self._wide else tiles.ATTENTION)[self.arch.name],
         )
         return emit(made, out), lse
+
+    @property
+    def _wide(self) -> bool:
+        """Whether products are of float32 operands."""
+        return torch.float32 in (self.numerics.storage, self.numerics.probs)
 
     def _rows(self, kv: KV, batch: Batch) -> Rows:
         """Cache rows of the step, as kernels read them."""

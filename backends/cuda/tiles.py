@@ -18,5 +18,10 @@ def table(default: Mapping[str, int], **by_arch: Mapping[str, int]) -> Tiles:
     return MappingProxyType({name: {**default, **by_arch.get(name, {})} for name in ARCHS})
 
 
-ATTENTION = table({"heads": 16, "keys": 32, "num_warps": 4, "num_stages": 1})
-INDEX = table({"entries": 128, "num_warps": 4, "num_stages": 2})
+# In float32 matrix units are not used: products of many columns at once would not fit the registers.
+_ATTENTION = {"heads": 16, "keys": 32, "num_warps": 8, "num_stages": 1}
+_INDEX = {"entries": 128, "num_warps": 4, "num_stages": 2}
+ATTENTION = table(_ATTENTION, gfx942={"keys": 16})
+ATTENTION_FLOAT32 = table({**_ATTENTION, "keys": 16})
+INDEX = table(_INDEX)
+INDEX_FLOAT32 = table({**_INDEX, "entries": 32, "num_warps": 8, "num_stages": 1})

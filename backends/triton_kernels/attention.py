@@ -72,7 +72,7 @@ def _add(acc, mass, q, keys, there, scale, peak, PROBS: tl.constexpr):
     return tl.dot(narrow, keys, acc, input_precision="ieee"), mass + p
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _peaks(
     q,
     q_token,
@@ -144,7 +144,7 @@ def _finish(acc, total, peak, sink, out, lse, token, head, heads, DIM: tl.conste
         tl.store(lse + row, tl.where(none, float("-inf"), known), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _attend(
     q,
     q_token,
@@ -212,7 +212,7 @@ def _attend(
         _finish(result, total, peak, sink, out, lse, token, head, heads, DIM, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _combine(
     sequences,
     positions,

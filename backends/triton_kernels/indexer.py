@@ -23,7 +23,7 @@ from dsv4_hal.backends.triton_kernels.runtime import DTYPES, launch, power_of_tw
 BLOCK = 64  # tokens that read a block of entries together
 SCRATCH = 1 << 24  # scores that are held at a time
 SCAN = 2048  # scores of a row that are looked at together
-RANK = 128  # picks that are ranked against each other together
+RANK = 64  # picks that are ranked against each other together
 
 
 class Chunk(NamedTuple):
@@ -56,7 +56,7 @@ def chunks(q_lens: NDArray[np.int64], context: NDArray[np.int64], ratio: int, k:
         start = stop
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "longest"])
 def _score(
     q,
     q_token,
@@ -104,7 +104,7 @@ def _ordered(score):
     return bits ^ tl.where(bits >> 31 == 1, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "longest"])
 def _select(
     scores,
     longest,
@@ -130,17 +130,17 @@ def _select(
     ties = tl.minimum(k, visible)  # how many of those with these upper digits are picked
     if visible > k:
         for i in tl.static_range(DIGITS):
-            SHIFT: tl.constexpr = 24 - 8 * i
+            shift = 24 - 8 * i
             counts = tl.zeros((256,), tl.int32)
             for start in range(0, visible, SCAN):
                 there = start + at < visible
                 key = _ordered(tl.load(scores + start + at, mask=there, other=0.0))
                 if i > 0:
-                    there = there & (key >> (SHIFT + 8) == threshold >> (SHIFT + 8))
-                counts += tl.histogram(((key >> SHIFT) & 255).to(tl.int32), 256, mask=there)
+                    there = there & (key >> (shift + 8) == threshold >> (shift + 8))
+                counts += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=there)
             above = tl.sum(counts, 0) - tl.cumsum(counts, 0)  # with a larger digit
             chosen = (above < ties) & (above + counts >= ties)
-            threshold = threshold | (tl.sum(tl.where(chosen, digit, 0), 0).to(tl.uint32) << SHIFT)
+            threshold = threshold | (tl.sum(tl.where(chosen, digit, 0), 0).to(tl.uint32) << shift)
             ties -= tl.sum(tl.where(chosen, above, 0), 0)
 
     LOW: tl.constexpr = 32 - 8 * DIGITS  # lower digits, which follow from the upper ones
@@ -159,7 +159,7 @@ def _select(
         equals += tl.sum(equal, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _order(
     found_score,
     found_entry,

@@ -231,7 +231,8 @@ def _round_rows(
     there = (at < blocks) & (offset < BLOCK) & (column < DIM)
     given = tl.load(x + row * x_stride + column, mask=there, other=0.0)
     value = given.to(tl.float32)
-    amax = tl.max(tl.where(column < KEPT, tl.abs(value), 0.0), 1, keep_dims=True)
+    size = tl.where(value == value, tl.abs(value), float("inf"))  # a block with NaN becomes NaN
+    amax = tl.max(tl.where(column < KEPT, size, 0.0), 1, keep_dims=True)
     scale = tl.div_rn(tl.maximum(amax, FLOOR), tl.full(amax.shape, TOP, tl.float32))
     if SCALE == "e8m0":
         scale = power_of_two_ceil(scale)
