@@ -63,10 +63,9 @@ def operand(code, ELEMENT: tl.constexpr, OPERAND: tl.constexpr, FP8: tl.constexp
     """Codes as loaded -> what matrix units multiply, exactly."""
     if ELEMENT == "plain":
         return code.to(OPERAND)
-    elif ELEMENT == "e4m3" and FP8:
+    if ELEMENT == "e4m3" and FP8:
         return code.to(tl.float8e4nv, bitcast=True).to(OPERAND)
-    else:
-        return decoded(code, ELEMENT).to(OPERAND)
+    return decoded(code, ELEMENT).to(OPERAND)
 
 
 @triton.jit
@@ -84,7 +83,7 @@ def folded(
     BK: tl.constexpr,
 ):
     """Values of a weight's tile, scale included, rounded to OPERAND: w, w_scale point to the start of BN rows."""
-    part: tl.constexpr = BLOCK_K if 0 < BLOCK_K and BLOCK_K < BK else BK
+    part: tl.constexpr = BLOCK_K if BLOCK_K > 0 and BLOCK_K < BK else BK
     k = start + tl.arange(0, BK // part) * part
     scale = tl.load(
         w_scale[:, None] + (k // BLOCK_K if BLOCK_K > 0 else k * 0)[None], mask=inside[:, None] & (k < K)[None], other=0
@@ -292,7 +291,13 @@ def constants(
         kind = "plain"
     elif plain_x is None and scales == "fold" and block_k == 32 and units.scaled:
         kind, scales = "scaled", "mx"
-    elif plain_x is None and scales in ("block", "row") and fmt.element == "e4m3" and units.fp8 and out_dtype.itemsize < 4:
+    elif (
+        plain_x is None
+        and scales in ("block", "row")
+        and fmt.element == "e4m3"
+        and units.fp8
+        and out_dtype.itemsize < 4
+    ):
         # Hopper sums products of float8 in fewer bits than float32: too few for a result that is not rounded further
         kind, operand = "float8", tl.float8e4nv
     else:
