@@ -19,6 +19,7 @@ and races. Programs run one after another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -226,6 +227,32 @@ def _once(original: Callable[[Any], Any]) -> Callable[[Any], _Kept]:
     return patch_lang
 
 
+def _block_type(self: Any, element_ty: tl.dtype, shape: Sequence[Any]) -> None:
+    """As shipped, but for what it works out again for every value of a kernel."""
+    self.element_ty = element_ty
+    self.shape = tuple([s.value if isinstance(s, tl.constexpr) else s for s in shape])
+    if not self.shape:
+        raise TypeError("a block has at least one axis")
+    self.numel, self.name = _validated(self.shape), f"<{self.shape}, {element_ty}>"
+
+
+def _numpy(original: Callable[[tl.dtype], np.dtype[Any]]) -> Callable[[tl.dtype], np.dtype[Any]]:
+    known: dict[str, np.dtype[Any]] = {}
+
+    def get_np_dtype(dtype: tl.dtype) -> np.dtype[Any]:
+        one = dtype.scalar
+        if one.name not in known:
+            known[one.name] = original(one)
+        return known[one.name]
+
+    return get_np_dtype
+
+
+@cache
+def _validated(shape: tuple[int, ...]) -> int:
+    return int(tl.core.validate_block_shape(shape))
+
+
 def install() -> None:
     """Replace the parts named above, once, in this process. RuntimeError for a triton it was not written for."""
     if not triton.__version__.startswith(VERIFIED):
@@ -237,6 +264,7 @@ def install() -> None:
         return
     interpreter._convert_float = _convert
     interpreter._patch_lang = _once(interpreter._patch_lang)
+    interpreter._get_np_dtype = _numpy(interpreter._get_np_dtype)
     replaced: Sequence[tuple[type, str, Callable[..., Any]]] = (
         (builder, "binary_op", _binary(builder.binary_op)),
         (builder, "unary_op", _unary),
@@ -248,6 +276,7 @@ def install() -> None:
         (reduce, "sum", _sum),
         (reduce, "min_max", _min_max(reduce.min_max)),
         (executor, "__call__", _launch(executor.__call__)),
+        (tl.block_type, "__init__", _block_type),
     )
     for owner, name, ours in replaced:
         setattr(owner, name, ours)
