@@ -67,7 +67,7 @@ def _add(acc, mass, q, keys, there, scale, peak, PROBS: tl.constexpr):
     """acc [HEADS, width] and mass [HEADS, KEYS], with one block of keys more."""
     p = tl.exp(_scores(q, keys, there, scale) - peak[:, None])
     narrow = p.to(PROBS)
-    if PROBS != keys.dtype:
+    if keys.dtype != PROBS:
         narrow, keys = narrow.to(tl.float32), keys.to(tl.float32)
     return tl.dot(narrow, keys, acc, input_precision="ieee"), mass + p
 
