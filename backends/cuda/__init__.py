@@ -12,15 +12,22 @@ import triton
 
 from dsv4_hal.backend import BackendError, Facts, Verdict
 from dsv4_hal.backends.cuda.attention import Attention
+from dsv4_hal.backends.cuda.autograd import Differentiable
+from dsv4_hal.backends.cuda.cache import Cache
 from dsv4_hal.backends.cuda.devices import ARCHS, DEFAULT, Arch, assumed, present
+from dsv4_hal.backends.cuda.experts import Experts
+from dsv4_hal.backends.cuda.gemm import Gemm
+from dsv4_hal.backends.cuda.hyper_connection import HyperConnection
+from dsv4_hal.backends.cuda.moe import Moe
 from dsv4_hal.backends.cuda.norm_rope import NormRope
+from dsv4_hal.backends.cuda.sampling import Sampling
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.backends.triton_kernels.runtime import INTERPRETED
 from dsv4_hal.formats import FORMATS, RowLayout, flashmla_rows, index_fp4_rows
 from dsv4_hal.numerics import Numerics
 
 
-class Cuda(Attention, NormRope, Reference):
+class Cuda(Differentiable, Attention, Experts, Cache, Gemm, Moe, HyperConnection, NormRope, Sampling, Reference):
     """arch  the architecture that kernels and tiles are chosen for: the GPU's own, or one that is assumed. Interpreted
     kernels compute what they would on it; else, where it is not this machine's, there are shapes on the meta device:
     enough to explain what would run, and to compile it."""

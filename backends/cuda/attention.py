@@ -26,7 +26,7 @@ class Attention(ops.Attention):
         if name not in plan.vendor:
             plan.vendor[name] = [
                 (chunk, upload(chunk.blocks, batch.device))
-                for chunk in indexer.chunks(batch.q_lens, batch.context, ratio, k)
+                for chunk in indexer.chunks(batch.q_lens, batch.reach - batch.q_lens, ratio, k)
                 if chunk.longest
             ]
         return indexer.index_topk(
@@ -71,7 +71,7 @@ class Attention(ops.Attention):
             scale=scale,
             span=window_kv.layout.window,
             ratio=ratio,
-            longest=int(batch.lengths.max(initial=0)) // ratio,
+            longest=int(batch.reach.max(initial=0)) // ratio,
             probs=self.numerics.probs,
             tile=(tiles.ATTENTION_FLOAT32 if self._wide else tiles.ATTENTION)[self.arch.name],
         )

@@ -25,3 +25,24 @@ ATTENTION = table(_ATTENTION, gfx942={"keys": 16})
 ATTENTION_FLOAT32 = table({**_ATTENTION, "keys": 16})
 INDEX = table(_INDEX)
 INDEX_FLOAT32 = table({**_INDEX, "entries": 32, "num_warps": 8, "num_stages": 1})
+
+
+def _tile(rows: int, columns: int, inner: int, warps: int, stages: int) -> Mapping[str, int]:
+    return {"BM": rows, "BN": columns, "BK": inner, "num_warps": warps, "num_stages": stages}
+
+
+_SINGLE = _tile(64, 64, 32, 4, 2)
+
+# kinds of operands: see backends.triton_kernels.gemm.Units
+GEMM: Mapping[str, Tiles] = {
+    "sm_90": {
+        "plain": _tile(64, 128, 128, 4, 4),
+        "float8": _tile(64, 128, 128, 4, 4),
+        "widened": _tile(64, 128, 128, 4, 3),
+        "scaled": _tile(64, 128, 128, 4, 3),
+        "float32": _SINGLE,
+    },
+}
+
+# the same for the product with gate and up, which holds two sums
+EXPERTS: Mapping[str, Tiles] = GEMM

@@ -204,7 +204,7 @@ def index_topk(
     with_scores: bool,
     tile: Mapping[str, int],
 ) -> tuple[Tensor, Tensor | None]:
-    """The k best entries of every token -> picks [T, k] int64, best first, then -1; and scores [T, k] float32 or None.
+    """The k best entries of every token -> picks [T, k] int64, best first, then -1; scores [T, k] float32, or None.
 
     q          [T, H, D], rounded as the keys are; weights [T, H]
     parts      the step's chunks, with their blocks on the device

@@ -1,4 +1,4 @@
-"""Reading cache rows of any layout inside a kernel, and rounding rows to a layout's format without storing them.
+"""Reading cache rows inside a kernel, whatever their layout, and rounding rows to one without storing them.
 
 What a kernel needs to know of the cache rows of a step is one argument, `Rows`: where rows lie, and how they are made
 up. A kernel asks `locate` for the rows that hold logical rows of a sequence, and `read` for their values.
