@@ -13,6 +13,7 @@ import triton
 from dsv4_hal.backend import BackendError, Facts, Verdict
 from dsv4_hal.backends.cuda.devices import ARCHS, DEFAULT, Arch, assumed, present
 from dsv4_hal.backends.cuda.norm_rope import NormRope
+from dsv4_hal.backends.cuda.vendor import probe
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.backends.triton_kernels.runtime import INTERPRETED
 from dsv4_hal.numerics import Numerics
@@ -63,7 +64,7 @@ class Cuda(NormRope, Reference):
 
     @classmethod
     def environment(cls) -> dict[str, str]:
-        found = {"triton": triton.__version__}
+        found = {"triton": triton.__version__, **probe.environment()}
         if INTERPRETED:
             return found | {"emulated": _emulated()}
         return found | ({"cuda device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
