@@ -1,4 +1,8 @@
-"""Sparse attention by FlashMLA."""
+"""Sparse attention by FlashMLA.
+
+What it does otherwise than the contract: probabilities are rounded to bfloat16 relative to the largest score so far,
+or to one a little smaller, not to the largest of all.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +63,7 @@ class Attention(Base):
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         verdict = self._attends_rows(q, window_kv, entries, return_lse)
-        if not verdict or not batch.lengths.any():
+        if not verdict or not batch.q_lens.any():
             if not verdict:
                 own_kernel("sparse_attention", verdict)
             return super().sparse_attention(

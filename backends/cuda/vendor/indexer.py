@@ -1,4 +1,8 @@
-"""The indexer's scores by DeepGEMM. It sums them in float32 and rounds none on the way; the sum is rounded here."""
+"""The indexer's scores by DeepGEMM, and the best of them.
+
+What it does otherwise than the contract: products and their weighted terms stay in float32, where the profile may say
+`score`; only their sum is rounded to that, here. So picks may differ where scores are that close.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from dsv4_hal import formats
 from dsv4_hal.backend import Facts, Verdict
 from dsv4_hal.backends.cuda.vendor import deep_gemm
 from dsv4_hal.backends.cuda.vendor.common import Base, own_kernel, visible
+from dsv4_hal.backends.cuda.vendor.layouts import more_heads
 from dsv4_hal.batch import Batch
 from dsv4_hal.formats import FORMATS, RowLayout, index_fp4_rows, index_fp8_rows
 from dsv4_hal.ops import KV
@@ -23,12 +28,12 @@ class Indexer(Base):
         verdict = super().supports(op, facts)
         if op != "index_topk":
             return verdict
-        heads = facts.get("index_n_heads", max(deep_gemm.ABLE["sm_90"].heads))
+        heads = facts.get("index_n_heads", 1)
         return verdict and self._scores(self.numerics.index, heads, facts.get("index_head_dim", deep_gemm.INDEX_DIM))
 
     def row_layout(self, kind: str, dim: int, rope: int, ratio: int, window: int = 0) -> RowLayout:
         fmt = self.numerics.index
-        if kind == "index" and self._scores(fmt, max(deep_gemm.ABLE["sm_90"].heads), dim):
+        if kind == "index" and self._scores(fmt, 1, dim):
             return index_fp4_rows(ratio, dim) if fmt == FORMATS["mxfp4"] else index_fp8_rows(ratio, dim)
         return super().row_layout(kind, dim, rope, ratio, window)
 
@@ -58,6 +63,8 @@ class Indexer(Base):
         count = int(batch.lengths.max(initial=0)) // ratio
         entry, every = torch.arange(count, device=q.device), visible(batch, ratio)
         score = self._paged if keys.paged else self._packed
+        heads = deep_gemm.ABLE[self.arch.name].heads
+        q, weights = more_heads(q, 1, heads), more_heads(weights, 1, heads)  # with weights of zero
         step = max(1, min(MOST_TOKENS, SCRATCH // max(1, count if keys.paged else len(keys.data))))
         for start in range(0, len(q) if count else 0, step):
             some = slice(start, start + step)
@@ -82,8 +89,9 @@ class Indexer(Base):
             table = blocks[batch.seq[some].clamp(min=0)].to(torch.int32).contiguous()
             seen = lengths.to(torch.int32)[:, None].contiguous()
             plan.vendor[key] = seen, table, deep_gemm.schedule(seen, keys.rows)
+        seen, table, schedule = plan.vendor[key]
         coded = formats.encode(q, keys.layout.rounding)
-        return deep_gemm.paged_scores(coded, weights, keys.data, keys.rows, *plan.vendor[key], count)
+        return deep_gemm.paged_scores(coded, weights, keys.data, keys.rows, seen, table, schedule, count)
 
     def _packed(
         self, q: Tensor, weights: Tensor, keys: KV, batch: Batch, some: slice, lengths: Tensor, count: int
