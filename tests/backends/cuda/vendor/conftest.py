@@ -147,7 +147,7 @@ def deep_gemm(arch: str) -> types.ModuleType:
     ):
         module.calls.append("fp8_fp4_paged_mqa_logits")
         values = queries(q, weights, 2)
-        blocks, rows, one, width = kv_cache.shape
+        _, rows, one, width = kv_cache.shape
         code_bytes = 128 if q[1] is None else 64
         assert one == 1 and width == code_bytes + 4 and kv_cache.dtype == torch.uint8
         assert kv_cache.stride(1) == width and kv_cache.stride(0) % 16 == 0
@@ -161,9 +161,8 @@ def deep_gemm(arch: str) -> types.ModuleType:
                 codes = block[row * code_bytes : (row + 1) * code_bytes]
                 at = rows * code_bytes + row * 4
                 if q[1] is None:
-                    keys.append(
-                        codes.view(torch.float8_e4m3fn).double() * block[at : at + 4].view(torch.float32).double()
-                    )
+                    scale = block[at : at + 4].view(torch.float32).double()
+                    keys.append(codes.view(torch.float8_e4m3fn).double() * scale)
                 else:
                     keys.append(operand(codes.view(torch.int8)) * power(block[at : at + 4]).repeat_interleave(32))
             if keys:

@@ -104,11 +104,8 @@ def test_grouped_linear(arch: str, fmt: str, counts: tuple[int, ...], vendor: Ve
 
 def test_composites_run_through_the_library(vendor: Vendor) -> None:
     def run(ops: Resolved, generator: torch.Generator) -> dict[str, Tensor]:
-        shapes = {"w13": (256, 128), "w2": (128, 128)}
-        stored = {
-            name: quantize(torch.randn(s, generator=generator), FORMATS["e4m3_128x128"]) for name, s in shapes.items()
-        }
-        w13, w2 = (Weight(q.data, q.scale, q.format, name) for name, q in stored.items())
+        values = [torch.randn(shape, generator=generator) for shape in ((256, 128), (128, 128))]
+        w13, w2 = (Weight(q.data, q.scale, q.format) for q in (quantize(v, FORMATS["e4m3_128x128"]) for v in values))
         return {"y": ops.mlp(torch.randn(3, 128, generator=generator).bfloat16(), w13, w2, 2.0)}
 
     agree(vendor("sm_90"), Case("mlp[through]", run))
@@ -182,7 +179,7 @@ INDEXED = ("few", "few_packed", "padded", "empty", "none", "packed_none", "decod
 def test_index_topk(ragged: str, numerics: Numerics, vendor: Vendor) -> None:
     """In a profile that rounds scores once, since the library rounds none on the way; and it does not round FP8 rows to
     bfloat16 once they are scaled, as the contract does."""
-    slack = Budget(1e-4, 1e-2) if numerics is FP8_INDEX else None
+    slack = Budget(2.0**-8, 1e-2) if numerics is FP8_INDEX else None
     backend = vendor("sm_90" if numerics is FP8_INDEX else "sm_100", numerics)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # packed keys in FP8 are left to cuda
@@ -204,12 +201,11 @@ def test_index_in_parts(vendor: Vendor, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_layouts_of_rows(vendor: Vendor) -> None:
+    shapes = {"window": (512, 64, 1, 128), "entries": (512, 64, 4), "index": (128, 0, 4)}
     names = {
-        (arch, kind): vendor(arch)
-        .row_layout(kind, 128 if kind == "index" else 512, 0 if kind == "index" else 64, *ratio)
-        .name
+        (arch, kind): vendor(arch).row_layout(kind, *shape).name
         for arch in ("sm_90", "sm_100")
-        for kind, ratio in (("window", (1, 128)), ("entries", (4,)), ("index", (4,)))
+        for kind, shape in shapes.items()
     }
     assert {kind: names["sm_100", kind] for kind in ("window", "entries", "index")} == {
         "window": "flashmla",

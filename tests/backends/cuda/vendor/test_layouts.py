@@ -24,7 +24,7 @@ def test_scales_are_mn_major_and_aligned(shape: tuple[int, ...]) -> None:
     scales = numbered(*shape)
     made = layouts.mn_major(scales)
     assert torch.equal(made, scales)
-    *lead, mn, count = shape
+    *_, mn, count = shape
     aligned = (mn + 3) // 4 * 4
     batches = scales.view(-1, mn, count) if scales.numel() else scales.view(1, mn, count)
     want = [0.0] * (batches.shape[0] * count * aligned)
@@ -198,11 +198,8 @@ def test_weights_of_the_fused_experts() -> None:
     experts, inner, hidden = 2, 128, 256
     made = []
     for shape in ((experts, 2 * inner, hidden), (experts, hidden, inner)):
-        values = (
-            torch.randn(*shape, generator=generator)
-            * torch.exp2(torch.randint(-4, 4, shape[:2], generator=generator))[..., None]
-        )
-        q = formats.quantize(values, FORMATS["mxfp4"])
+        size = torch.exp2(torch.randint(-4, 4, shape[:2], generator=generator))[..., None]
+        q = formats.quantize(torch.randn(*shape, generator=generator) * size, FORMATS["mxfp4"])
         made.append(Weight(q.data, q.scale, q.format))
     w13, w2 = made
     (first, first_scale), (second, second_scale) = deep_gemm.mega_weights(w13, w2)
