@@ -140,7 +140,7 @@ def test_packed_rows_are_attended_as_they_lie(legacy: bool, vendor: Vendor, stan
         return case.run(quiet, generator)
 
     backend = vendor("sm_100", flash_mla=stand_ins.flash_mla(legacy))
-    for case in cases("sparse_attention", "ragged=few_packed"):
+    for case in (*cases("sparse_attention", "ragged=few_packed"), *cases("sparse_attention", "ragged=packed_padded")):
         if "small" not in case.id:
             agree(backend, replace(case, run=run))
     assert set(calls("flash_mla")) == {"flash_mla_sparse_fwd"}
@@ -171,7 +171,7 @@ def test_attention_shares_what_a_step_has_once(vendor: Vendor) -> None:
     assert len(made) == 1 and calls("flash_mla") == ["flash_mla_with_kvcache"] * 2
 
 
-INDEXED = ("few", "few_packed", "padded", "empty", "none", "packed_none", "decode")
+INDEXED = ("few", "few_packed", "packed_padded", "packed", "padded", "empty", "none", "packed_none", "decode")
 
 
 @pytest.mark.parametrize("ragged", INDEXED)
@@ -188,7 +188,7 @@ def test_index_topk(ragged: str, numerics: Numerics, vendor: Vendor) -> None:
                 agree(backend, case, slack)
     paged = ragged in ("few", "padded", "decode")
     assert ("fp8_fp4_paged_mqa_logits" in calls("deep_gemm")) == paged or ragged in ("empty", "none")
-    if ragged == "few_packed":
+    if "packed" in ragged and ragged != "packed_none":
         assert ("fp8_fp4_mqa_logits" in calls("deep_gemm")) == (numerics is FLOAT_SCORES)
 
 
