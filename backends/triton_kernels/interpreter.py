@@ -17,7 +17,7 @@ and races. Programs run one after another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,6 +158,15 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.itemsize if tensor.numel() else start
 
 
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among a kernel's arguments; those that belong together may come in a tuple."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from _tensors(arg)
+
+
 def _check(pointers: Handle, mask: NDArray[Any], what: str) -> None:
     """IndexError where an active address lies in no tensor that the kernel was given."""
     width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -191,7 +200,7 @@ def _store(original: Callable[..., None]) -> Callable[..., None]:
 
 def _launch(original: Callable[..., None]) -> Callable[..., None]:
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
-        _EXTENTS[:] = [_extent(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        _EXTENTS[:] = [_extent(t) for t in _tensors((*args, *kwargs.values()))]
         original(self, *args, **kwargs)
 
     return call

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dsv4_hal.backend import Facts, Verdict
 from dsv4_hal.backends.cuda.vendor import flash_mla
-from dsv4_hal.backends.cuda.vendor.common import Base, own_kernel, visible
+from dsv4_hal.backends.cuda.vendor.common import Base, once_a_step, own_kernel, visible
 from dsv4_hal.backends.cuda.vendor.layouts import padded
 from dsv4_hal.backends.reference.cache import physical_rows
 from dsv4_hal.backends.triton_kernels.runtime import emit
 from dsv4_hal.batch import Batch
-from dsv4_hal.formats import FORMATS, RowLayout, flashmla_rows
+from dsv4_hal.formats import FORMATS
 from dsv4_hal.ops import KV
 
 
@@ -27,11 +27,6 @@ class Attention(Base):
             return verdict
         dim, rope = facts.get("head_dim", flash_mla.DIM), facts.get("qk_rope_head_dim", flash_mla.ROPE)
         return verdict and self._attends(facts.get("num_attention_heads", flash_mla.HEADS[0]), dim, rope)
-
-    def row_layout(self, kind: str, dim: int, rope: int, ratio: int, window: int = 0) -> RowLayout:
-        if kind in ("window", "entries") and self._attends(flash_mla.HEADS[0], dim, rope):
-            return flashmla_rows(ratio, window)
-        return super().row_layout(kind, dim, rope, ratio, window)
 
     def _attends(self, heads: int, dim: int, rope: int, tokens: int = 1) -> Verdict:
         """Whether the library computes what this profile says, for these queries."""
@@ -44,7 +39,7 @@ class Attention(Base):
         """The same, for rows that lie there."""
         for kv in (window, window if entries is None else entries):
             if kv.paged != window.paged or (kv.paged and kv.layout.plain):
-                return Verdict(False, "FlashMLA reads pools of its own rows, which cuda-vendor lays out if named first")
+                return Verdict(False, "FlashMLA reads pools of its own rows, not of another backend's")
         if lse and not window.paged:
             return Verdict(False, "FlashMLA's versions differ in the base of the lse over rows side by side")
         return self._attends(q.shape[1], window.layout.dim, window.layout.rope, len(q))
@@ -90,24 +85,26 @@ class Attention(Base):
 
     def _window(self, kv: KV, batch: Batch) -> Tensor:
         """Physical rows [T, window] that a token sees, -1 where there is none. The same in every layer."""
-        plan, key = batch.require_plan().vendor, ("flash_mla", "window", kv.layout.window, kv.rows)
-        if key not in plan:
+
+        def make() -> Tensor:
             index = batch.positions[:, None] - torch.arange(kv.layout.window - 1, -1, -1, device=batch.seq.device)
             index = torch.where((index >= 0) & (batch.seq >= 0)[:, None], index, -1)
-            plan[key] = physical_rows(kv, batch, batch.seq.clamp(min=0), index)
-        return plan[key]
+            return physical_rows(kv, batch, batch.seq.clamp(min=0), index)
+
+        return once_a_step(batch, ("flash_mla", "window", kv.layout.window, kv.rows), make)
 
     def _chosen(self, kv: KV, batch: Batch, picks: Tensor | None) -> Tensor | None:
         """Physical rows [T, K] of the entries that a token picked, or of all it sees, -1 where there is none. None
         where no token sees any. All that are visible are the same in every layer of a ratio."""
-        count = int(batch.lengths.max()) // kv.layout.ratio
+        count = int(batch.reach.max()) // kv.layout.ratio
         if not count:
             return None
         seq, seen = batch.seq.clamp(min=0), visible(batch, kv.layout.ratio)[:, None]
         if picks is not None:
             return physical_rows(kv, batch, seq, torch.where(picks < seen, picks, -1))
-        plan, key = batch.require_plan().vendor, ("flash_mla", "entries", kv.layout.ratio, kv.rows)
-        if key not in plan:
+
+        def make() -> Tensor:
             entry = torch.arange(count, device=batch.seq.device)
-            plan[key] = physical_rows(kv, batch, seq, torch.where(entry < seen, entry, -1))
-        return plan[key]
+            return physical_rows(kv, batch, seq, torch.where(entry < seen, entry, -1))
+
+        return once_a_step(batch, ("flash_mla", "entries", kv.layout.ratio, kv.rows), make)

@@ -1,8 +1,7 @@
 """The backend `cuda-vendor`: the CUDA backend, with DeepGEMM's and FlashMLA's kernels where they serve an op.
 
 A run asks for it by name, `backend: [cuda-vendor, cuda]`, since these libraries do not promise that a token's result
-is the same in every batch. What they cannot serve, `explain` names with the reason, and the next backend runs. Name it
-first: the first backend lays out cache rows, and FlashMLA reads its own only.
+is the same in every batch. What they cannot serve, `explain` names with the reason, and the next backend runs.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ class CudaVendor(Attention, Indexer, Moe, HyperConnection, Gemm):
 
     name = "cuda-vendor"
     automatic = False
-    differentiable = False
 
     @classmethod
     def available(cls) -> Verdict:

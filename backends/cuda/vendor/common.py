@@ -22,7 +22,9 @@ class Base(Cuda):
         self._kept: Any = WeakTensorKeyDictionary()
 
     def once(self, of: Tensor, make: Callable[[], Any]) -> Any:
-        """What is made of a weight's tensor, kept as long as the tensor lives. Weights do not change once used."""
+        """What is made of a weight's tensor, kept as long as that lives; made anew of one that is trained."""
+        if of.requires_grad:
+            return make()
         if of in self._kept:
             return self._kept[of]
         made = make()
@@ -34,6 +36,16 @@ class Base(Cuda):
 def own_kernel(op: str, verdict: Verdict) -> None:
     """Say, once, that a call runs on the kernel of the CUDA backend, and why."""
     warnings.warn(f"cuda-vendor: {op} runs on the kernel of cuda: {verdict.reason}", stacklevel=3)
+
+
+def once_a_step(batch: Batch, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """What every layer of a step needs. A fixed batch's plan outlives the step: there it is made for every layer."""
+    plan = batch.require_plan().vendor
+    if batch.fixed:
+        return make()
+    if key not in plan:
+        plan[key] = make()
+    return plan[key]
 
 
 def visible(batch: Batch, ratio: int) -> Tensor:

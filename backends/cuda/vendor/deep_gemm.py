@@ -133,13 +133,17 @@ def index_verdict(arch: str, fmt: Format | None, heads: int, dim: int) -> Verdic
     return YES
 
 
-def _queries(q: QTensor, weights: Tensor) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
-    """q [T, H, D] and weights [T, H] -> what the library takes. MXFP4 queries bring their scales, four in a word. A
-    scale of an FP8 row is positive, and goes through the relu into the weights."""
+def _queries(q: QTensor, weights: Tensor, arch: str) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
+    """q [T, H, D] and weights [T, H] -> what the library takes, with heads of zero to a number that it knows. MXFP4
+    queries bring their scales, four in a word. A scale of an FP8 row is positive, and goes through the relu into the
+    weights."""
     assert q.scale is not None
+    codes, scales, wide = (
+        layouts.more_heads(x, 1, ABLE[arch].heads) for x in (q.data, q.scale, weights.to(torch.float32))
+    )
     if q.format.name == "mxfp4":
-        return (q.data.contiguous(), layouts.packed_e8m0(q.scale).squeeze(-1)), weights.to(torch.float32).contiguous()
-    return (q.data.contiguous(), None), weights.to(torch.float32) * q.scale.squeeze(-1)
+        return (codes.contiguous(), layouts.packed_e8m0(scales).squeeze(-1)), wide.contiguous()
+    return (codes.contiguous(), None), wide * scales.squeeze(-1)
 
 
 def schedule(lengths: Tensor, rows: int) -> Tensor:
@@ -149,7 +153,15 @@ def schedule(lengths: Tensor, rows: int) -> Tensor:
 
 
 def paged_scores(
-    q: QTensor, weights: Tensor, pool: Tensor, rows: int, lengths: Tensor, table: Tensor, plan: Tensor, count: int
+    q: QTensor,
+    weights: Tensor,
+    pool: Tensor,
+    rows: int,
+    lengths: Tensor,
+    table: Tensor,
+    plan: Tensor,
+    count: int,
+    arch: str,
 ) -> Tensor:
     """Scores float32 [T, count]; those beyond a token's length are anything.
 
@@ -158,18 +170,18 @@ def paged_scores(
     lengths, table  int32 [T, 1] and [T, blocks]: how many keys each token sees, and the blocks they lie in
     plan            from `schedule`
     """
-    queries, scaled = _queries(q, weights)
+    queries, scaled = _queries(q, weights, arch)
     codes, scales = queries
     queries = codes.unsqueeze(1), None if scales is None else scales.unsqueeze(1)
     cache = layouts.index_cache(pool, rows)
     return probe.load("deep_gemm").fp8_fp4_paged_mqa_logits(queries, cache, scaled, lengths, table, plan, count)
 
 
-def packed_scores(q: QTensor, weights: Tensor, keys: QTensor, start: Tensor, stop: Tensor) -> Tensor:
+def packed_scores(q: QTensor, weights: Tensor, keys: QTensor, start: Tensor, stop: Tensor, arch: str) -> Tensor:
     """Scores float32 [T, N] of keys [N, D] in MXFP4, side by side; those outside start .. stop - 1 (int32 [T]) are
     anything."""
     assert keys.scale is not None
-    queries, scaled = _queries(q, weights)
+    queries, scaled = _queries(q, weights, arch)
     stored = keys.data.contiguous(), layouts.packed_e8m0(keys.scale).squeeze(-1)
     return probe.load("deep_gemm").fp8_fp4_mqa_logits(queries, stored, scaled, start, stop, max_seqlen_k=0)
 
@@ -192,21 +204,23 @@ def hc_matrix(fn: Tensor) -> Tensor:
     return made
 
 
-def hc_project(x: Tensor, matrix: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """x bfloat16 [T, K] times fn [rows, K] transposed -> [T, rows], and the sum of squares [T], in float32.
+def hc_project(x: Tensor, matrix: Tensor, rows: int) -> Tensor:
+    """Sums that make the projection of x bfloat16 [T, K] by fn [rows, K], float32 [3, T, rows + 1]: products with the
+    rows of fn, and squares behind them, as `triton_kernels.hyper_connection.project` has them.
 
     The library's units multiply TF32 values, which fn's are not; the three parts of it in `matrix` are. So the products
     are exact all the same, at the price of reading x once for every 32 rows.
     """
-    product = x.new_empty(len(x), len(matrix), dtype=torch.float32)
+    x, products = x.contiguous(), []
     square = x.new_empty(len(x), dtype=torch.float32)
-    if len(x):
-        for part in range(0, len(matrix), HC_ROWS):
-            some = matrix[part : part + HC_ROWS]
-            made = product.new_empty(len(x), len(some))
-            probe.load("deep_gemm").tf32_hc_prenorm_gemm(x.contiguous(), some, made, square, num_splits=None)
-            product[:, part : part + HC_ROWS] = made
-    return product[:, : 3 * rows].unflatten(1, (3, rows)).sum(1), square
+    for some in matrix.split(HC_ROWS):
+        products.append(x.new_empty(len(x), len(some), dtype=torch.float32))
+        if len(x):
+            probe.load("deep_gemm").tf32_hc_prenorm_gemm(x, some, products[-1], square, num_splits=None)
+    parts = square.new_zeros(3, len(x), rows + 1)
+    parts[..., :rows] = torch.cat(products, 1)[:, : 3 * rows].unflatten(1, (3, rows)).transpose(0, 1)
+    parts[0, :, rows] = square
+    return parts
 
 
 # The fused experts

@@ -9,13 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_hal import formats
 from dsv4_hal.backend import Facts, Verdict
 from dsv4_hal.backends.cuda.vendor import deep_gemm
-from dsv4_hal.backends.cuda.vendor.common import Base, own_kernel, visible
-from dsv4_hal.backends.cuda.vendor.layouts import more_heads
+from dsv4_hal.backends.cuda.vendor.common import Base, once_a_step, own_kernel, visible
+from dsv4_hal.backends.triton_kernels.quantize import encode
 from dsv4_hal.batch import Batch
-from dsv4_hal.formats import FORMATS, RowLayout, index_fp4_rows, index_fp8_rows
+from dsv4_hal.formats import FORMATS, Format, RowLayout, index_fp8_rows
 from dsv4_hal.ops import KV
 
 FUNCTIONS = ("fp8_fp4_mqa_logits", "fp8_fp4_paged_mqa_logits", "get_paged_mqa_logits_metadata", "get_num_sms")
@@ -32,12 +31,11 @@ class Indexer(Base):
         return verdict and self._scores(self.numerics.index, heads, facts.get("index_head_dim", deep_gemm.INDEX_DIM))
 
     def row_layout(self, kind: str, dim: int, rope: int, ratio: int, window: int = 0) -> RowLayout:
-        fmt = self.numerics.index
-        if kind == "index" and self._scores(fmt, 1, dim):
-            return index_fp4_rows(ratio, dim) if fmt == FORMATS["mxfp4"] else index_fp8_rows(ratio, dim)
+        if kind == "index" and self.numerics.index == FORMATS["e4m3_row_fp32"]:
+            return index_fp8_rows(ratio, dim)
         return super().row_layout(kind, dim, rope, ratio, window)
 
-    def _scores(self, fmt: formats.Format | None, heads: int, dim: int) -> Verdict:
+    def _scores(self, fmt: Format | None, heads: int, dim: int) -> Verdict:
         """Whether the library scores that many heads over keys of this format."""
         arch = self.arch.name
         return deep_gemm.able(arch, *FUNCTIONS) and deep_gemm.index_verdict(arch, fmt, heads, dim)
@@ -60,11 +58,9 @@ class Indexer(Base):
         wide, narrow, ratio = self.numerics.accumulate, self.numerics.score, keys.layout.ratio
         picks = torch.full((len(q), k), -1, dtype=torch.int64, device=q.device)
         scores = torch.full((len(q), k), float("-inf"), dtype=wide, device=q.device)
-        count = int(batch.lengths.max(initial=0)) // ratio
+        count = int(batch.reach.max(initial=0)) // ratio
         entry, every = torch.arange(count, device=q.device), visible(batch, ratio)
         score = self._paged if keys.paged else self._packed
-        heads = deep_gemm.ABLE[self.arch.name].heads
-        q, weights = more_heads(q, 1, heads), more_heads(weights, 1, heads)  # with weights of zero
         step = max(1, min(MOST_TOKENS, SCRATCH // max(1, count if keys.paged else len(keys.data))))
         for start in range(0, len(q) if count else 0, step):
             some = slice(start, start + step)
@@ -82,16 +78,19 @@ class Indexer(Base):
     ) -> Tensor:
         """Scores [T, count] of entries in a pool. Lengths, tables and schedule are the same in every layer."""
         assert keys.layout.rounding is not None
-        plan, ratio = batch.require_plan(), keys.layout.ratio
-        key = ("deep_gemm", ratio, keys.rows, some.start, some.stop)
-        if key not in plan.vendor:
-            blocks = plan.tables[ratio][:, : -(-count // keys.rows)]
+        ratio = keys.layout.ratio
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            blocks = batch.require_plan().tables[ratio][:, : -(-count // keys.rows)]
             table = blocks[batch.seq[some].clamp(min=0)].to(torch.int32).contiguous()
             seen = lengths.to(torch.int32)[:, None].contiguous()
-            plan.vendor[key] = seen, table, deep_gemm.schedule(seen, keys.rows)
-        seen, table, schedule = plan.vendor[key]
-        coded = formats.encode(q, keys.layout.rounding)
-        return deep_gemm.paged_scores(coded, weights, keys.data, keys.rows, seen, table, schedule, count)
+            return seen, table, deep_gemm.schedule(seen, keys.rows)
+
+        seen, table, schedule = once_a_step(batch, ("deep_gemm", ratio, keys.rows, some.start, some.stop), make)
+        coded = encode(q, keys.layout.rounding)
+        return deep_gemm.paged_scores(
+            coded, weights, keys.data, keys.rows, seen, table, schedule, count, self.arch.name
+        )
 
     def _packed(
         self, q: Tensor, weights: Tensor, keys: KV, batch: Batch, some: slice, lengths: Tensor, count: int
@@ -100,7 +99,7 @@ class Indexer(Base):
         assert keys.layout.rounding is not None
         start = batch.require_plan().base[keys.layout.ratio][batch.seq[some].clamp(min=0)]
         bounds = start.to(torch.int32), (start + lengths).to(torch.int32)
-        coded = formats.encode(keys.data, keys.layout.rounding)  # loses nothing: they are rounded
-        found = deep_gemm.packed_scores(formats.encode(q, keys.layout.rounding), weights, coded, *bounds)
+        coded = encode(keys.data, keys.layout.rounding)  # loses nothing: they are rounded
+        found = deep_gemm.packed_scores(encode(q, keys.layout.rounding), weights, coded, *bounds, self.arch.name)
         column = start[:, None] + torch.arange(count, device=q.device)
         return found.gather(1, column.clamp(max=len(keys.data) - 1))

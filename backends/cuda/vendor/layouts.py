@@ -141,4 +141,7 @@ def more_heads(x: Tensor, axis: int, counts: tuple[int, ...]) -> Tensor:
     want = next(count for count in counts if count >= x.shape[axis])
     missing = list(x.shape)
     missing[axis] = want - x.shape[axis]
-    return x if not missing[axis] else torch.cat([x, x.new_zeros(missing)], axis)
+    if not missing[axis]:
+        return x
+    plain = x.view(torch.uint8) if x.element_size() == 1 else x  # not every device joins 8-bit floats
+    return torch.cat([plain, plain.new_zeros(missing)], axis).view(x.dtype)

@@ -183,7 +183,7 @@ def deep_gemm(arch: str) -> types.ModuleType:
         group, num_experts, num_max_tokens_per_rank, num_topk, hidden, intermediate_hidden
     ):
         module.calls.append("get_symm_buffer_for_mega_moe")
-        most = up(num_max_tokens_per_rank, 384)
+        most = num_max_tokens_per_rank
         return types.SimpleNamespace(
             x=torch.zeros(most, hidden, dtype=torch.float8_e4m3fn),
             x_sf=torch.zeros(most, hidden // 128, dtype=torch.int32),

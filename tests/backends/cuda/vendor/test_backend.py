@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4_hal.backends.cuda import Cuda
 from dsv4_hal.backends.cuda.vendor import deep_gemm
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.conformance import Budget, budget, compare, run_case, widen
@@ -34,17 +33,21 @@ def cases(op: str, *parts: str) -> list[Case]:
     return found
 
 
-def with_cuda(backend: Any) -> Resolved:
-    """As `backend: [cuda-vendor, cuda]`."""
-    return resolve([backend, Cuda(backend.numerics, "cpu")])
+SERVED = ("linear", "grouped_linear", "mlp", "index_topk", "sparse_attention", "hc_pre", "hc_head", "hc_pre_norm")
+
+
+def alone(backend: Any, *more: str) -> Resolved:
+    """What libraries serve on the backend, all else on the reference: interpreted kernels would take long."""
+    prefer = {op: ["cuda-vendor", "reference"] if op in (*SERVED, *more) else ["reference"] for op in OPS}
+    return resolve([backend, Reference(backend.numerics)], prefer=prefer)
 
 
 def agree(backend: Any, case: Case, slack: Budget | None = None) -> None:
-    """A case on the backend, with cuda behind it, against the reference."""
+    """A case on the backend against the reference."""
     op, numerics = case.id.partition("[")[0], backend.numerics
     narrow, wide = (resolve([Reference(n)]) for n in (numerics, widen(numerics)))
     tolerance = OPS[op].tolerance
-    got, want = run_case(case, with_cuda(backend)), run_case(case, narrow)
+    got, want = run_case(case, alone(backend)), run_case(case, narrow)
     allowed = budget(case, tolerance, narrow, wide)
     found = compare(got, want, tolerance, allowed if slack is None else dict.fromkeys(allowed, slack))
     failed = {name: c.message for name, c in found.items() if not c.ok}
@@ -112,16 +115,14 @@ def test_composites_run_through_the_library(vendor: Vendor) -> None:
     assert calls("deep_gemm") == ["fp8_fp4_gemm_nt"] * 2
 
 
-@pytest.mark.parametrize("ragged", ["few", "few_packed", "padded", "empty", "none", "packed_none", "decode"])
+@pytest.mark.parametrize("ragged", ["few", "padded", "empty", "none", "decode"])
 def test_sparse_attention(ragged: str, vendor: Vendor) -> None:
     backend = vendor("sm_90")
     for entries in ("none", "csa", "picks", "hca"):
         for case in cases("sparse_attention", f"[ragged={ragged},entries={entries}"):
             if "small" not in case.id and case.size != "full":
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # the lse of packed rows is left to cuda
-                    agree(backend, case)
-    assert ("flash_mla_with_kvcache" in calls("flash_mla")) == (ragged not in ("few_packed", "none", "packed_none"))
+                agree(backend, case)
+    assert ("flash_mla_with_kvcache" in calls("flash_mla")) == (ragged != "none")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -167,11 +168,11 @@ def test_attention_shares_what_a_step_has_once(vendor: Vendor) -> None:
             assert torch.equal(first["y"], again)
             return first
 
-        run(with_cuda(backend), torch.Generator().manual_seed(0))
+        run(alone(backend), torch.Generator().manual_seed(0))
     assert len(made) == 1 and calls("flash_mla") == ["flash_mla_with_kvcache"] * 2
 
 
-INDEXED = ("few", "few_packed", "packed_padded", "packed", "padded", "empty", "none", "packed_none", "decode")
+INDEXED = ("few", "few_packed", "packed_padded", "padded", "empty", "none", "packed_none", "decode")
 
 
 @pytest.mark.parametrize("ragged", INDEXED)
@@ -179,17 +180,15 @@ INDEXED = ("few", "few_packed", "packed_padded", "packed", "padded", "empty", "n
 def test_index_topk(ragged: str, numerics: Numerics, vendor: Vendor) -> None:
     """In a profile that rounds scores once, since the library rounds none on the way; and it does not round FP8 rows to
     bfloat16 once they are scaled, as the contract does."""
-    slack = Budget(2.0**-8, 1e-2) if numerics is FP8_INDEX else None
+    slack, packed = Budget(2.0**-8, 1e-2) if numerics is FP8_INDEX else None, "packed" in ragged
+    if packed and numerics is FP8_INDEX:
+        pytest.skip("FP8 keys that lie side by side are left to cuda")
     backend = vendor("sm_90" if numerics is FP8_INDEX else "sm_100", numerics)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # packed keys in FP8 are left to cuda
-        for case in cases("index_topk", f"ragged={ragged},"):
-            if case.size != "full":
-                agree(backend, case, slack)
-    paged = ragged in ("few", "padded", "decode")
-    assert ("fp8_fp4_paged_mqa_logits" in calls("deep_gemm")) == paged or ragged in ("empty", "none")
-    if "packed" in ragged and ragged != "packed_none":
-        assert ("fp8_fp4_mqa_logits" in calls("deep_gemm")) == (numerics is FLOAT_SCORES)
+    for case in cases("index_topk", f"ragged={ragged},"):
+        if case.size != "full":
+            agree(backend, case, slack)
+    if ragged not in ("empty", "none", "packed_none"):
+        assert set(calls("deep_gemm")) == {"fp8_fp4_mqa_logits" if packed else "fp8_fp4_paged_mqa_logits"}
 
 
 def test_index_in_parts(vendor: Vendor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +211,7 @@ def test_layouts_of_rows(vendor: Vendor) -> None:
         "entries": "flashmla",
         "index": "index_fp4",
     }
-    assert names["sm_90", "window"] == "flashmla" and names["sm_90", "index"] != "index_fp4"
+    assert names["sm_90", "window"] == "flashmla"
     assert vendor("sm_90", FP8_INDEX).row_layout("index", 128, 0, 4).name == "index_fp8"
 
 
@@ -220,11 +219,8 @@ def test_layouts_of_rows(vendor: Vendor) -> None:
 def test_hyper_connections(op: str, vendor: Vendor) -> None:
     """With tolerances of float32, though the units multiply TF32 values."""
     backend = vendor("sm_100")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # narrow streams are left to cuda
-        for case in cases(op):
-            if case.size in ("tiny", "interpreted"):
-                agree(backend, case)
+    for case in cases(op, "streams=4,width=128"):
+        agree(backend, case)
     assert "tf32_hc_prenorm_gemm" in calls("deep_gemm")
 
 
@@ -265,13 +261,13 @@ def test_fused_experts(limit: float | None, vendor: Vendor) -> None:
     backend = vendor("sm_100", MEGA)
     assert backend.supports("moe_experts", {})
     seed = torch.Generator().manual_seed(3)
-    got, again = (experts(with_cuda(backend), seed.manual_seed(3), limit)["y"] for _ in range(2))
+    got, again = (experts(alone(backend, "moe_experts"), seed.manual_seed(3), limit)["y"] for _ in range(2))
     want = experts(resolve([Reference(MEGA)]), seed.manual_seed(3), limit)["y"]
     assert got.dtype == want.dtype and torch.equal(got, again)
     assert (got - want).square().sum() < 1e-4 * want.square().sum()
     assert calls("deep_gemm").count("fp8_fp4_mega_moe") == 2
     assert calls("deep_gemm").count("get_symm_buffer_for_mega_moe") == 1
-    experts(with_cuda(backend), seed, limit, tokens=400)
+    experts(alone(backend, "moe_experts"), seed, limit, tokens=129)
     assert calls("deep_gemm").count("get_symm_buffer_for_mega_moe") == 2  # the first was too small
 
 
@@ -300,3 +296,33 @@ def test_what_is_left_to_cuda_is_said(vendor: Vendor) -> None:
         warnings.simplefilter("error")
         backend.linear(x, plain)
     assert not calls("deep_gemm")
+
+
+def test_products_keep_gradients(vendor: Vendor) -> None:
+    """As kernels of cuda do: backwards the contract is differentiated."""
+    backend, g = vendor("sm_90"), torch.Generator().manual_seed(0)
+    q = quantize(torch.randn(64, 128, generator=g), FORMATS["e4m3_128x128"])
+    x = torch.randn(2, 128, generator=g).bfloat16().requires_grad_()
+    y = backend.linear(x, Weight(q.data, q.scale, q.format, "w"))
+    (found,) = torch.autograd.grad(y.float().sum(), x)
+    assert calls("deep_gemm") == ["fp8_fp4_gemm_nt"] and found.any()
+
+
+def test_what_is_made_of_weights_is_kept_while_they_do_not_change(vendor: Vendor) -> None:
+    backend, made = vendor("sm_90"), []
+    for weight, times in ((torch.ones(2), 1), (torch.ones(2).requires_grad_(), 3)):
+        made.clear()
+        for _ in range(3):
+            backend.once(weight, lambda: made.append(1) or torch.zeros(1))
+        assert len(made) == times
+
+
+def test_a_fixed_batch_keeps_nothing_of_a_step(vendor: Vendor) -> None:
+    from dsv4_hal.backends.cuda.vendor.common import once_a_step
+
+    for fixed, times in ((False, 1), (True, 2)):
+        plan, made = types.SimpleNamespace(vendor={}), []
+        batch: Any = types.SimpleNamespace(fixed=fixed, require_plan=lambda plan=plan: plan)
+        for _ in range(2):
+            once_a_step(batch, ("key",), lambda made=made: made.append(1) or 1)
+        assert len(made) == times

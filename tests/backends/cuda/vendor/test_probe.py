@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from dsv4_hal.backend import Origin
 from dsv4_hal.backends.cuda import Cuda
 from dsv4_hal.backends.cuda.vendor import flash_mla, probe
 from dsv4_hal.backends.cuda.vendor.backend import CudaVendor
 from dsv4_hal.dispatch import resolve
 from dsv4_hal.model.config import find_config
 from dsv4_hal.numerics import deployed, exact
+from dsv4_hal.ops import OPS
 
 
 def broken(path: Path, monkeypatch: pytest.MonkeyPatch, raising: str) -> None:
@@ -139,7 +141,6 @@ def test_one_library_is_enough(vendor: Callable[..., Any]) -> None:
     assert by_op["sparse_attention"].backend != "cuda-vendor"
     assert by_op["sparse_attention"].rejected[0][0] == "cuda-vendor"
     assert "FlashMLA: it does not load" in by_op["sparse_attention"].rejected[0][1]
-    assert backend.row_layout("window", 512, 64, 1, 128).name != "flashmla"
 
 
 REFUSED = {
@@ -161,6 +162,13 @@ def test_published_models(arch: str, model: str, vendor: Callable[..., Any]) -> 
     assert backend.supports("rms_norm", facts).reason == "no restriction"
 
 
+def test_what_is_the_librarys_what_cudas_and_what_is_made_of_both() -> None:
+    kinds = {op: CudaVendor.origin(op) for op in OPS}
+    assert {op for op, of in kinds.items() if of.backend == "cuda-vendor"} == {*SERVED, "hc_pre_norm"}
+    assert kinds["mlp"].kind == kinds["output_proj"].kind == "composite"  # so that their products reach the library
+    assert kinds["rms_norm"] == Origin("inherited", "cuda")
+
+
 def test_other_profiles_are_refused(vendor: Callable[..., Any]) -> None:
     backend = vendor("sm_100", exact())
     for op in SERVED:
@@ -169,5 +177,5 @@ def test_other_profiles_are_refused(vendor: Callable[..., Any]) -> None:
 
 
 def test_only_who_names_it_gets_it() -> None:
-    assert not CudaVendor.automatic and not CudaVendor.differentiable and CudaVendor.name == "cuda-vendor"
+    assert not CudaVendor.automatic and CudaVendor.name == "cuda-vendor"
     assert isinstance(probe.LIBRARIES, types.MappingProxyType)
