@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dsv4_hal.backend import Verdict
-from dsv4_hal.backends.cuda.vendor import probe
 from dsv4_hal.numerics import deployed
 
 NAN = float("nan")
@@ -339,6 +338,8 @@ def flash_mla(legacy: bool = False) -> types.ModuleType:
 
 @pytest.fixture(autouse=True)
 def _asked_anew() -> Iterator[None]:
+    from dsv4_hal.backends.cuda.vendor import probe
+
     probe.verdict.cache_clear()
     yield
     probe.verdict.cache_clear()
@@ -347,6 +348,8 @@ def _asked_anew() -> Iterator[None]:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe of the device finds one."""
+    from dsv4_hal.backends.cuda.vendor import probe
+
     monkeypatch.setattr(probe, "device", lambda: Verdict(True, "a stand-in"))
 
 
@@ -356,6 +359,7 @@ def vendor(gpu: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     (None: absent)."""
 
     def make(arch: str = "sm_100", numerics: Any = None, **modules: Any) -> Any:
+        from dsv4_hal.backends.cuda.vendor import probe
         from dsv4_hal.backends.cuda.vendor.backend import CudaVendor
 
         given = {"deep_gemm": deep_gemm(arch), "flash_mla": flash_mla()} | modules

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="triton is not installed: pip install 'dsv4-hal[cuda]'")
+
 from dsv4_hal.backends.cuda.vendor import deep_gemm
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.conformance import Budget, budget, compare, run_case, widen

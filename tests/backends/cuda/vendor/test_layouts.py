@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="triton is not installed: pip install 'dsv4-hal[cuda]'")
+
 from dsv4_hal import formats
 from dsv4_hal.backends.cuda.vendor import deep_gemm, layouts
 from dsv4_hal.formats import FORMATS, QTensor, Weight, flashmla_rows, index_fp4_rows, index_fp8_rows

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="triton is not installed: pip install 'dsv4-hal[cuda]'")
+
 from dsv4_hal.backend import Origin
 from dsv4_hal.backends.cuda import Cuda
 from dsv4_hal.backends.cuda.vendor import flash_mla, probe
