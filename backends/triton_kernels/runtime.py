@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,14 +19,22 @@ if INTERPRETED:
     interpreter.install()
 
 
+on_meta: Callable[..., None] | None = None  # takes what `launch` was given, in its place: see `ahead`
+
+
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
-    """Run `kernel` once per point of the grid, on the device of its first tensor; not at all where the grid is empty.
+    """Run `kernel` once per point of the grid, on the device of its first tensor; not at all where the grid is empty,
+    nor on the meta device.
 
     options  constants of the kernel; and num_warps, num_stages, which only a compiler reads
     """
     if not all(grid):
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
+    if device.type == "meta":
+        if on_meta is not None:
+            on_meta(kernel, grid, *args, **options)
+        return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[tuple(grid)](*args, **options)
 
