@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import MappingProxyType
 
 import torch
 
-ASSUME = "DSV4_HAL_ASSUME"  # environment variable: the architecture to choose kernels for where there is no such device
+ASSUME = "DSV4_HAL_ASSUME"  # environment variable, and key `assume` of a run: the architecture to choose kernels for
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,20 @@ def arch_of(capability: tuple[int, int]) -> Arch | None:
     return ARCHS.get(f"sm_{capability[0]}{capability[1]}")
 
 
-def current(device: torch.device) -> Arch:
-    """The architecture that kernels are chosen for: the one assumed, the device's own, or the default.
+def assumed() -> Arch | None:
+    """The architecture that is assumed, if one is. ValueError names the nearest one for a name that is not known."""
+    name = os.environ.get(ASSUME)
+    if name is None:
+        return None
+    if name not in ARCHS:
+        near = get_close_matches(name, ARCHS, 1)
+        raise ValueError(
+            f"{ASSUME}={name}: no such architecture; known are {', '.join(ARCHS)}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    return ARCHS[name]
 
-    ValueError where an unknown one is assumed.
-    """
-    assumed = os.environ.get(ASSUME)
-    if assumed is not None:
-        if assumed not in ARCHS:
-            raise ValueError(f"{ASSUME}={assumed}: no such architecture; known are {', '.join(ARCHS)}")
-        return ARCHS[assumed]
-    if device.type == "cuda":
-        found = arch_of(torch.cuda.get_device_capability(device))
-        if found is None:
-            raise ValueError(f"compute capability {torch.cuda.get_device_capability(device)} is not known")
-        return found
-    return ARCHS[DEFAULT]
+
+def present() -> Arch | None:
+    """The architecture of this machine's GPU; None where there is none, or one that is not known."""
+    return arch_of(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None

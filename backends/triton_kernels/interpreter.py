@@ -56,7 +56,7 @@ def codes(numbers: NDArray[Any], dtype: tl.dtype, truncate: bool = False) -> NDA
     zero."""
     if dtype not in NARROW:
         return np.asarray(numbers).astype(interpreter._get_np_dtype(dtype))
-    floats = np.ascontiguousarray(numbers, dtype=np.float32)
+    floats = np.asarray(numbers, dtype=np.float32, order="C")
     if dtype == tl.bfloat16:
         bits = floats.view(np.uint32)
         if not truncate:

@@ -15,16 +15,14 @@ from dsv4_hal.backends.triton_kernels import interpreter
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1; decided when triton is imported
 
+on_meta: Callable[..., None] | None = None  # takes launches on the meta device, where nothing can run: see `ahead`
+
 if INTERPRETED:
     interpreter.install()
 
 
-on_meta: Callable[..., None] | None = None  # takes what `launch` was given, in its place: see `ahead`
-
-
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
-    """Run `kernel` once per point of the grid, on the device of its first tensor; not at all where the grid is empty,
-    nor on the meta device.
+    """Run `kernel` once per point of the grid, on the device of its first tensor; not at all where the grid is empty.
 
     options  constants of the kernel; and num_warps, num_stages, which only a compiler reads
     """
@@ -32,8 +30,9 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
     if device.type == "meta":
-        if on_meta is not None:
-            on_meta(kernel, grid, *args, **options)
+        if on_meta is None:
+            raise RuntimeError("kernels cannot run on the meta device: it has shapes and no values")
+        on_meta(kernel, grid, *args, **options)
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[tuple(grid)](*args, **options)
