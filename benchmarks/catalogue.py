@@ -9,9 +9,8 @@ conformance suite, call them alone. It lies outside the package, since a backend
 from __future__ import annotations
 
 import inspect
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import wraps
 from types import MappingProxyType
 from typing import Any
@@ -19,18 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_hal.backend import Verdict
+from dsv4_hal.backend import Facts
 from dsv4_hal.backends.cuda import Cuda
 from dsv4_hal.backends.null import Null
 from dsv4_hal.backends.triton_kernels.ahead import Compiled
 from dsv4_hal.batch import Batch
 from dsv4_hal.dispatch import Resolved, resolve
-from dsv4_hal.formats import FORMATS, QTensor, Weight
+from dsv4_hal.formats import FORMATS, QTensor
+from dsv4_hal.model.cache import Cache
 from dsv4_hal.model.config import preset
+from dsv4_hal.model.step import Step as ModelStep
 from dsv4_hal.model.transformer import Model
 from dsv4_hal.model.weights import shapes_only
-from dsv4_hal.numerics import Numerics
+from dsv4_hal.numerics import numerics_for
 from dsv4_hal.ops import KV, OPS
+
+ROLLBACK = 4  # tokens that a cache may take back, for drafts
 
 
 @dataclass(frozen=True)
@@ -59,57 +62,153 @@ STEPS: Mapping[str, Step] = MappingProxyType(
 
 @dataclass
 class Call:
-    """One kind of call.
+    """One kind of call of one step.
 
-    step      the step it was first made in
     inputs    the op's arguments by name, on the meta device
-    result    what it returned: shapes
-    launches  kernels that it launched, in order
-    error     why it failed; ""
+    result    what it returns: shapes
+    part      whether only the body of a composite makes it, which the backend has as one
+    count     how often the step makes it, over all layers
+    launches  kernels that it launches, in order
+    error     why it fails; ""
     """
 
     step: str
     op: str
     inputs: dict[str, Any]
     result: Any
-    launches: list[Compiled]
+    part: bool
+    count: int = 0
+    launches: list[Compiled] = field(default_factory=list)
     error: str = ""
-    seconds: float = 0.0
 
 
-class Elsewhere(Cuda):
-    """The backend as it would be on another device: on the meta device, whatever GPU this machine has."""
+def calls(model: str, mode: str, compiled: list[Compiled], steps: Iterable[str] = STEPS) -> list[Call]:
+    """What a preset calls of the backend in `steps`; `compiled` is the list of `ahead.compile_only`.
 
-    device_type = "meta"
-
-    @classmethod
-    def available(cls) -> Verdict:
-        return Verdict(True, "compiles, and runs nothing")
-
-
-def calls(model: str, numerics: Numerics, compiled: list[Compiled]) -> Iterator[Call]:
-    """Every kind of call that a preset makes in STEPS; `compiled` is what `ahead.compile_only` lists.
-
-    The architecture is the one assumed (`devices.ASSUME`).
+    The architecture is the one that is assumed (`devices.ASSUME`).
     """
-    cfg = preset(model)
-    cuda, null = Elsewhere(numerics), Null(numerics)
-    ops = resolve([cuda, null], vars(cfg))
-    native = [r.op for r in ops.resolutions if r.backend == cuda.name]
-    shapes = resolve([null])
-    made: list[Call] = []
-    watch = _Watch(cuda, compiled, made)
-    for op in OPS:
-        # a composite's body runs on `ops`, so that its parts are called, and watched, too
-        answer = OPS[op].definition.__get__(ops) if OPS[op].composite else getattr(shapes, op)
-        answer = cuda.plan if op == "plan" else answer
-        setattr(ops, op, watch(op, answer) if op in native and op != "plan" else answer)
-    weights = shapes_only(cfg, cuda.repack)
-    model_ = Model(cfg, ops, weights)
-    for watch.step, step in STEPS.items():
-        _run(model_, step)
-        yield from made
-        made.clear()
+    cfg, numerics = preset(model), numerics_for(mode)
+    ops, watch = watched(Cuda(numerics, "meta"), vars(cfg), compiled)
+    loaded = Model(cfg, ops, shapes_only(cfg, ops.repack))
+    for watch.step in steps:
+        _run(loaded, STEPS[watch.step])
     watch.step = "alone"
-    _alone(ops, weights, model_)
-    yield from made
+    _run_alone(loaded)
+    return list(watch.made.values())
+
+
+def watched(cuda: Cuda, facts: Facts, compiled: list[Compiled]) -> tuple[Resolved, Watch]:
+    """Ops that answer with shapes; what they ask of `cuda` on the way is watched."""
+    null = Null(cuda.numerics)
+    ops, shapes = resolve([cuda, null], facts), resolve([null])
+    watch = Watch(cuda, compiled)
+    native = {r.op for r in ops.resolutions if r.backend == cuda.name and r.op != "plan"}
+    for op, spec in OPS.items():
+        answer = spec.definition.__get__(ops) if spec.composite else getattr(shapes, op)
+        setattr(ops, op, watch(op, answer) if op in native else cuda.plan if op == "plan" else answer)
+    return ops, watch
+
+
+class Watch:
+    """Makes an op run on a backend the first time that a step calls it with such arguments.
+
+    step  name of the step
+    made  every kind of call, in order
+    """
+
+    def __init__(self, cuda: Cuda, compiled: list[Compiled]) -> None:
+        self.cuda, self.compiled = cuda, compiled
+        self.step, self.within = "", 0
+        self.made: dict[Any, Call] = {}
+
+    def __call__(self, op: str, answer: Callable[..., Any]) -> Callable[..., Any]:
+        """`op`, answered by `answer`."""
+        spec = OPS[op]
+        signature = inspect.signature(spec.definition)
+
+        @wraps(answer)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(None, *args, **kwargs)
+            bound.apply_defaults()
+            inputs = dict(list(bound.arguments.items())[1:])
+            key = self.step, op, self.within > 0, tuple(_kind(value) for value in inputs.values())
+            new = key not in self.made
+            found = self.made.setdefault(key, Call(self.step, op, inputs, None, self.within > 0))
+            found.count += 1
+            if new:
+                self._run(found, args, kwargs)
+            self.within += spec.composite
+            try:
+                found.result = answer(*args, **kwargs)
+            finally:
+                self.within -= spec.composite
+            return found.result
+
+        return call
+
+    def _run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        before = len(self.compiled)
+        try:
+            getattr(self.cuda, call.op)(*args, **kwargs)
+        except Exception as error:  # compilers raise what they like; the other calls are made all the same
+            call.error = f"{type(error).__name__}: {error}".strip()
+        call.launches = self.compiled[before:]
+
+
+def _kind(value: Any) -> Any:
+    """What tells one argument from another kind of argument: all but values, names and addresses."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.stride()
+    if isinstance(value, QTensor):
+        return value.format.name, getattr(value, "layout", ""), _kind(value.data), _kind(value.scale)
+    if isinstance(value, KV):
+        return value.layout, value.rows, _kind(value.data)
+    if isinstance(value, tuple):
+        return tuple(_kind(item) for item in value)
+    return Batch if isinstance(value, Batch) else value  # a step has one batch
+
+
+def _run(model: Model, step: Step) -> None:
+    new, context = list(step.new), list(step.context)
+    if not step.cached:
+        model.step(_ids(sum(new)), Batch.packed(new, "meta"))
+        return
+    cache = _filled(model, context, max(new))
+    model.step(_ids(sum(new) + step.padding), cache.batch(new, padding=step.padding), cache)
+
+
+def _run_alone(model: Model) -> None:
+    """What no step calls."""
+    cfg, ops, tokens = model.cfg, model.ops, 64
+    batch = model.plan(Batch.packed([tokens], "meta"))
+    x = torch.empty(tokens, cfg.hidden_size, dtype=ops.numerics.storage, device="meta")
+    if model.mtp is not None:
+        model.mtp(x[:, None].expand(-1, cfg.hc_mult, -1).contiguous(), x, ModelStep(_ids(tokens), batch))
+    logits = torch.empty(tokens, cfg.vocab_size, dtype=ops.numerics.accumulate, device="meta")
+    for temperature, top_p in ((0.0, 1.0), (1.0, 1.0), (0.7, 0.95)):
+        ops.sample(logits, temperature, top_p)
+    for fmt in FORMATS.values():
+        ops.dequantize(ops.quantize(x, fmt), ops.numerics.storage)
+    cache = _filled(model, [512, 256], 1)
+    for ratio in (r for r in (0, 4, 128) if r in cfg.layer_ratios):
+        layer = cache.layers[cfg.layer_ratios.index(ratio)]
+        for kv in (layer.window, layer.entries, layer.keys):
+            if kv is not None:
+                ops.kv_load(kv, cache.batch([1, 1]), 0, 0, 512 // kv.layout.ratio)
+    cache.fork(0, 1)
+    cache.truncate(0)
+
+
+def _filled(model: Model, context: Sequence[int], room: int) -> Cache:
+    """A cache that holds `context` tokens of each sequence, with room for as many as `room` more in one step."""
+    chunk = max(room, 1024)
+    cache = model.new_cache(len(context), max(context) + chunk, chunk, ROLLBACK)
+    for start in range(0, max(context), chunk):
+        batch = cache.batch([min(chunk, max(0, length - start)) for length in context])
+        cache.begin(batch)
+        cache.commit(batch)
+    return cache
+
+
+def _ids(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int64, device="meta")
