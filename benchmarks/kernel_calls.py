@@ -9,6 +9,7 @@ conformance suite, call them alone. It lies outside the package, since a backend
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -24,14 +25,14 @@ from dsv4_hal.backends.null import Null
 from dsv4_hal.backends.triton_kernels.ahead import Compiled
 from dsv4_hal.batch import Batch
 from dsv4_hal.dispatch import Resolved, resolve
-from dsv4_hal.formats import FORMATS, QTensor
+from dsv4_hal.formats import FORMATS, Format, QTensor, Weight
 from dsv4_hal.model.cache import Cache
 from dsv4_hal.model.config import preset
 from dsv4_hal.model.step import Step as ModelStep
 from dsv4_hal.model.transformer import Model
 from dsv4_hal.model.weights import shapes_only
 from dsv4_hal.numerics import numerics_for
-from dsv4_hal.ops import KV, OPS
+from dsv4_hal.ops import KV, OPS, CompressorWeights
 
 ROLLBACK = 4  # tokens that a cache may take back, for drafts
 
@@ -68,7 +69,7 @@ class Call:
     result    what it returns: shapes
     part      whether only the body of a composite makes it, which the backend has as one
     count     how often the step makes it, over all layers
-    launches  kernels that it launches, in order
+    launches  kernels that it launches, in order; none where the reference serves the op
     error     why it fails; ""
     """
 
@@ -102,10 +103,14 @@ def watched(cuda: Cuda, facts: Facts, compiled: list[Compiled]) -> tuple[Resolve
     null = Null(cuda.numerics)
     ops, shapes = resolve([cuda, null], facts), resolve([null])
     watch = Watch(cuda, compiled)
-    native = {r.op for r in ops.resolutions if r.backend == cuda.name and r.op != "plan"}
+    native = {r.op for r in ops.resolutions if r.backend == cuda.name}
     for op, spec in OPS.items():
+        if op in ("plan", "state_new"):  # what they return is the backend's own
+            setattr(ops, op, getattr(cuda, op))
+            continue
         answer = spec.definition.__get__(ops) if spec.composite else getattr(shapes, op)
-        setattr(ops, op, watch(op, answer) if op in native else cuda.plan if op == "plan" else answer)
+        watched = op in native or not spec.composite  # another composite is its parts
+        setattr(ops, op, watch(op, answer, op in native) if watched else answer)
     return ops, watch
 
 
@@ -121,8 +126,8 @@ class Watch:
         self.step, self.within = "", 0
         self.made: dict[Any, Call] = {}
 
-    def __call__(self, op: str, answer: Callable[..., Any]) -> Callable[..., Any]:
-        """`op`, answered by `answer`."""
+    def __call__(self, op: str, answer: Callable[..., Any], native: bool) -> Callable[..., Any]:
+        """`op`, answered by `answer`; native: whether it runs on the backend."""
         spec = OPS[op]
         signature = inspect.signature(spec.definition)
 
@@ -135,7 +140,7 @@ class Watch:
             new = key not in self.made
             found = self.made.setdefault(key, Call(self.step, op, inputs, None, self.within > 0))
             found.count += 1
-            if new:
+            if new and native:
                 self._run(found, args, kwargs)
             self.within += spec.composite
             try:
@@ -212,3 +217,25 @@ def _filled(model: Model, context: Sequence[int], room: int) -> Cache:
 
 def _ids(count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int64, device="meta")
+
+
+def label(call: Call) -> str:
+    """What a reader tells a call by: its first tensor, its weights and its rows."""
+    parts = [_shape(next((v for v in call.inputs.values() if isinstance(v, Tensor)), None))]
+    for value in call.inputs.values():
+        if isinstance(value, Weight):
+            parts.append(f"{_LAYER.sub('', value.name)} {value.format.name} {_shape(value)}")
+        elif isinstance(value, KV):
+            parts.append(f"{value.layout.name} rows of {value.layout.ratio}")
+        elif isinstance(value, Format):
+            parts.append(value.name)
+    if isinstance(call.inputs.get("weights"), CompressorWeights):
+        parts.append(_LAYER.sub("", call.inputs["weights"].wkv.name).removesuffix(".wkv"))
+    return ", ".join(part for part in parts if part)
+
+
+_LAYER = re.compile(r"^layers\.\d+\.")
+
+
+def _shape(value: Tensor | QTensor | None) -> str:
+    return "" if value is None else "x".join(str(size) for size in value.shape)
