@@ -17,18 +17,19 @@ _PREAMBLE = """# Kernels
 Written by `python benchmarks/kernels.py --targets all --modes deployed,exact --write docs/kernels.md`; do not edit.
 
 **Nothing here ran on a GPU.** Kernels were compiled ahead of time by triton {triton}, through the backend's own host
-code, for every call that DeepSeek-V4-Flash and -Pro make in steps of every sort at full size. What a kernel takes is
-what the assembler says; times are bounds that follow from published figures of the devices, never measurements.
+code, for every call that DeepSeek-V4-Flash and -Pro make in steps of every sort at full size (mode exact: Flash).
+What a kernel takes is what the assembler says; times are bounds that follow from published figures of the devices,
+never measurements.
 
-Figures of a kernel are the largest over all its variants (constants, dtypes, alignments).
-Shared memory is in bytes, and limited to what a block may use; tensor memory in columns.
+Figures of a kernel are the largest over all its variants (constants, dtypes, alignments). Shared memory is in bytes,
+tensor memory in columns; the heading of a column says how much of it a block may use.
+
+FLOPs and bytes are what an op must compute and move at least: each input read once, each result written once, and
+nothing between the parts of a composite. A bound is the larger of two times: FLOPs over the peak rate of the narrowest
+format of the device that holds the operands exactly, and bytes over the bandwidth of its memory, as if the model lay
+on one device. `count` is how often the step makes the call, over all layers. Calls that only the body of a composite
+makes are not listed where the backend has the composite as one.
 """
-
-_BOUNDS = """FLOPs and bytes are what the op must compute and move at least: each input read once, each result written once, and
-nothing between the parts of a composite. A bound is the larger of FLOPs over the peak rate of the narrowest format of
-the device that holds the operands exactly, and bytes over the bandwidth of its memory, as if the model lay on one
-device. `count` is how often the step makes the call, over all layers; calls that only the body of a composite makes are
-not listed, as the backend has it as one."""
 
 
 def page(kernels: Sequence[Any], results: Sequence[Mapping[str, Any]]) -> str:
@@ -58,31 +59,39 @@ def _written(text: str) -> dict[str, str]:
 
 
 def _sections(kernels: Sequence[Any], results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    targets = [name for name in ARCHS if any(k.target == name for k in kernels)]
-    out = {f"## {target}": _of_target(target, [k for k in kernels if k.target == target]) for target in targets}
+    out = {}
+    for target in ARCHS:
+        for mode in dict.fromkeys(r["task"]["mode"] for r in results):
+            found = [k for k in kernels if k.target == target and any(used[1] == mode for used in k.used)]
+            if found:
+                out[f"## {target}, mode {mode}"] = _of_target(target, mode, found)
     for model in dict.fromkeys(r["task"]["model"] for r in results):
         for step in ("decode", "prefill"):
             # what is called is the same for every target; how it is split into kernels may not be
-            found = [r for r in results if r["task"]["model"] == model and r["task"]["mode"] == "deployed"]
-            if found:
-                calls = [c for c in found[0]["calls"] if c["step"] == step and not c["part"]]
+            same = [r for r in results if r["task"]["model"] == model and r["task"]["mode"] == "deployed"]
+            if same:
+                calls = [c for c in same[0]["calls"] if c["step"] == step and not c["part"]]
                 out[f"## Bounds: {model}, {step}"] = _of_step(calls)
     return out
 
 
-def _of_target(target: str, kernels: Sequence[Any]) -> str:
+def _of_target(target: str, mode: str, kernels: Sequence[Any]) -> str:
     arch, rows = ARCHS[target], []
     for name in dict.fromkeys(k.kernel for k in kernels):
         same = [k for k in kernels if k.kernel == name]
         matrix = sorted({m for k in same for m in k.matrix})
-        ops = sorted({op for k in same for *_, op in k.used})
+        ops = sorted({op for k in same for _, used, _, op in k.used if used == mode})
         largest = [max(getattr(k, field) for k in same) for field in ("registers", "shared", "tensor", "spilled")]
         rows.append([f"`{name}`", ", ".join(ops), len(same), *largest, ", ".join(matrix)])
     head = ["kernel", "ops", "variants", "registers", f"shared of {arch.shared}", f"tensor of {arch.tensor}"]
     text = _table([*head, "spilled bytes", "matrix instructions"], rows)
     notes = [f"- `{s.kernel}` may spill {s.bytes} bytes: {s.reason}" for s in SPILLS if s.target == target]
-    notes += [f"- `{k}` may do without matrix instructions: {why}" for k, why in WITHOUT_MATRIX.items()]
-    return text + "\n" + "\n".join(notes) + "\n"
+    notes += [
+        f"- `{name}` may do without matrix instructions: {why}"
+        for name, why in WITHOUT_MATRIX.items()
+        if any(k.kernel == name and k.dots and not k.matrix for k in kernels)
+    ]
+    return text + "".join(f"\n{note}" for note in notes) + "\n" * bool(notes)
 
 
 def _of_step(calls: Sequence[Mapping[str, Any]]) -> str:
@@ -96,7 +105,7 @@ def _of_step(calls: Sequence[Mapping[str, Any]]) -> str:
         rows.append([call["op"], call["shape"], served, call["count"], flops, _scaled(call["bytes"]), *times])
     rows.append(["all calls", "", "", sum(c["count"] for c in calls), "", "", *(_micro(t) for t in total)])
     head = ["op", "on", "kernels", "count", "FLOPs", "bytes", *(f"{name} µs" for name in DEVICES)]
-    return f"{_BOUNDS}\n\n{_table(head, rows)}"
+    return _table(head, rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -18,13 +18,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 MODELS = ("v4-flash", "v4-pro")
-MODES = ("deployed", "exact")
+MODES = {"deployed": MODELS, "exact": MODELS[:1]}  # exact has other dtypes: one model shows what they compile to
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 DECODE = ("decode", "single", "draft")
 
@@ -33,9 +33,9 @@ DECODE = ("decode", "single", "draft")
 class Kernel:
     """Machine code for one target: what it takes, and who launches it.
 
-    used     (model, mode, step, op) of calls that launch it
     grid     largest of each axis
-    seconds  that its first compilation took
+    seconds  that it took to compile
+    used     (model, mode, step, op) of calls that launch it
     """
 
     kernel: str
@@ -53,6 +53,7 @@ class Kernel:
     dots: bool
     matrix: Sequence[str]
     grid: Sequence[int]
+    seconds: float
     used: list[tuple[str, str, str, str]] = field(default_factory=list)
 
     @property
@@ -91,11 +92,8 @@ def compile_task(task: Task, steps: Sequence[str]) -> dict[str, Any]:
         for launch in call.launches:
             names.append(launch.kernel)
             if launch.key not in kernels:
-                figures = asdict(launch.resources)
-                fields = {n: getattr(launch, n) for n in ("kernel", "target", "key", "constants", "types")}
-                kernels[launch.key] = Kernel(
-                    **fields, warps=launch.warps, stages=launch.stages, grid=launch.grid, **figures
-                )
+                own = {f.name: getattr(launch, f.name) for f in fields(launch) if f.name != "binary"}
+                kernels[launch.key] = Kernel(**own, **asdict(launch.resources))
             _add_use(kernels[launch.key], launch.grid, [user])
         spent = cost(call.op, call.inputs, call.result, numerics)
         calls.append(
@@ -149,9 +147,9 @@ def merged(results: Iterable[dict[str, Any]]) -> list[Kernel]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    import kernel_calls
     import kernel_table
 
-    import kernel_calls
     from dsv4_hal.backends.cuda.checks import problems
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -160,34 +158,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--modes", default="deployed", help=",".join(MODES))
     parser.add_argument("--steps", default=",".join(kernel_calls.STEPS))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--slowest", type=int, default=0, help="print as many of the slowest compilations")
     parser.add_argument("--out", type=Path, help="results, a line of JSON for each task")
     parser.add_argument("--write", type=Path, help="write the table")
     parser.add_argument("--check", type=Path, help="compare the table with what was compiled")
     args = parser.parse_args(arguments)
     targets = TARGETS if args.targets == "all" else args.targets.split(",")
     models, modes, steps = args.models.split(","), args.modes.split(","), args.steps.split(",")
-    tasks = [Task(t, m, mode) for mode in modes for m in models for t in targets]
+    tasks = [Task(t, m, mode) for mode in modes for m in models for t in targets if m in MODES[mode]]
     whole = set(models) == set(MODELS) and set(modes) == set(MODES) and set(steps) == set(kernel_calls.STEPS)
     start, results, wrong = time.perf_counter(), [], []
     for result in run(tasks, steps, args.workers):
         results.append(result)
-        took = result["seconds"]
-        print(
-            f"{' '.join(result['task'].values()):30} {len(result['kernels']):4} kernels, {len(result['calls']):4} calls, "
-            f"{len(result['errors'])} failed; {took['compile']:.0f} s, and {took['read']:.0f} s to read",
-            flush=True,
-        )
+        spent = result["seconds"]
+        counted = f"{len(result['kernels']):4} kernels, {len(result['calls']):4} calls, {len(result['errors'])} failed"
+        times = f"{spent['compile']:.0f} s to compile, {spent['read']:.0f} s to read"
+        print(f"{' '.join(result['task'].values()):25} {counted}; {times}", flush=True)
         wrong += result["errors"]
         if args.out:
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
     kernels = merged(results)
+    for k in sorted(kernels, key=lambda k: -k.seconds)[: args.slowest]:
+        print(f"{k.seconds:5.1f} s  {k.kernel} {k.target} {k.constants}")
     wrong += problems(kernels, whole)
     if args.write:
         args.write.write_text(kernel_table.page(kernels, results), encoding="utf-8")
     if args.check:
         wrong += kernel_table.differences(args.check.read_text(encoding="utf-8"), kernels, results)
-    print(f"{len(kernels)} kernels for {len(targets)} targets in {time.perf_counter() - start:.0f} s: {len(wrong)} wrong")
+    print(
+        f"{len(kernels)} kernels for {len(targets)} targets in {time.perf_counter() - start:.0f} s: {len(wrong)} wrong"
+    )
     print("\n".join(wrong), end="\n" if wrong else "")
     return 1 if wrong else 0
 

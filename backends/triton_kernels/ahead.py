@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Compiled:
     constants  of the kernel, by name: those given, and integers that were 1
     types      of the other arguments, by name
     grid       of the launch
+    seconds    that it took to compile, or to find again
     """
 
     kernel: str
@@ -69,6 +71,7 @@ class Compiled:
     warps: int
     stages: int
     grid: tuple[int, ...]
+    seconds: float
     binary: Any
 
     @cached_property
@@ -84,15 +87,14 @@ def compile_only(target: str) -> Iterator[list[Compiled]]:
     compiled: list[Compiled] = []
 
     def compile_(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
+        start = time.perf_counter()
         binary = kernel.warmup(*args, grid=tuple(grid), **options)
+        took = time.perf_counter() - start
         names, meta = kernel.arg_names, binary.metadata
         constants = {names[at[0]]: str(value) for at, value in binary.src.constants.items()}
         types = {name: str(kind) for name, kind in binary.src.signature.items() if name not in constants}
-        compiled.append(
-            Compiled(
-                binary.name, target, binary.hash, constants, types, meta.num_warps, meta.num_stages, tuple(grid), binary
-            )
-        )
+        shape = meta.num_warps, meta.num_stages, tuple(grid)
+        compiled.append(Compiled(binary.name, target, binary.hash, constants, types, *shape, took, binary))
 
     before, watched = driver._active, runtime.on_meta
     driver.set_active(_Driver(target))
