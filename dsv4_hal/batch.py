@@ -146,7 +146,8 @@ class Tile:
 
 @dataclass
 class Plan:
-    """What a step needs more than once. `vendor` is the backend's own."""
+    """What a step needs more than once. `vendor` is the backend's own; that of a fixed batch is there in the next step,
+    and hangs on nothing that changes from step to step."""
 
     tiles: tuple[Tile, ...]
     entries: dict[int, Entries]  # ratio -> entries completed now
