@@ -83,8 +83,8 @@ class Call:
     error: str = ""
 
 
-def calls(model: str, mode: str, compiled: list[Compiled], steps: Iterable[str] = STEPS) -> list[Call]:
-    """What a preset calls of the backend in `steps`; `compiled` is the list of `ahead.compile_only`.
+def calls(model: str, mode: str, compiled: list[Compiled], steps: Iterable[str] = (*STEPS, "alone")) -> list[Call]:
+    """What a preset calls of the backend in `steps` of STEPS, and "alone": what no step calls. `compiled` is the list of `ahead.compile_only`.
 
     The architecture is the one that is assumed (`devices.ASSUME`).
     """
@@ -92,9 +92,10 @@ def calls(model: str, mode: str, compiled: list[Compiled], steps: Iterable[str] 
     ops, watch = watched(Cuda(numerics, "meta"), vars(cfg), compiled)
     loaded = Model(cfg, ops, shapes_only(cfg, ops.repack))
     for watch.step in steps:
-        _run(loaded, STEPS[watch.step])
-    watch.step = "alone"
-    _run_alone(loaded)
+        if watch.step == "alone":
+            _run_alone(loaded)
+        else:
+            _run(loaded, STEPS[watch.step])
     return list(watch.made.values())
 
 

@@ -12,16 +12,19 @@ import triton
 from dsv4_hal.backends.cuda.checks import SPILLS, WITHOUT_MATRIX
 from dsv4_hal.backends.cuda.devices import ARCHS, DEVICES
 
+STEPS = ("decode", "prefill", "alone")  # those whose kernels are shown; others differ in how arguments are aligned
+
 _PREAMBLE = """# Kernels
 
-Written by `python benchmarks/kernels.py --targets all --modes deployed,exact --write docs/kernels.md`; do not edit.
+Written by `python benchmarks/kernels.py --part full --write docs/kernels.md`; do not edit.
 
 **Nothing here ran on a GPU.** Kernels were compiled ahead of time by triton {triton}, through the backend's own host
 code, for every call that DeepSeek-V4-Flash and -Pro make in steps of every sort at full size (mode exact: Flash).
 What a kernel takes is what the assembler says; times are bounds that follow from published figures of the devices,
 never measurements.
 
-Figures of a kernel are the largest over all its variants (constants, dtypes, alignments). Shared memory is in bytes,
+Figures of a kernel are the largest over its variants (constants, dtypes, alignments) in a decode step of 64 sequences,
+in a prefill of 4096 tokens, and in what no step calls; those of other steps are checked, and not shown. Shared memory is in bytes,
 tensor memory in columns; the heading of a column says how much of it a block may use.
 
 FLOPs and bytes are what an op must compute and move at least: each input read once, each result written once, and
@@ -62,17 +65,26 @@ def _sections(kernels: Sequence[Any], results: Sequence[Mapping[str, Any]]) -> d
     out = {}
     for target in ARCHS:
         for mode in dict.fromkeys(r["task"]["mode"] for r in results):
-            found = [k for k in kernels if k.target == target and any(used[1] == mode for used in k.used)]
+            found = [k for k in kernels if k.target == target and any(_shown(used, mode) for used in k.used)]
             if found:
                 out[f"## {target}, mode {mode}"] = _of_target(target, mode, found)
     for model in dict.fromkeys(r["task"]["model"] for r in results):
         for step in ("decode", "prefill"):
             # what is called is the same for every target; how it is split into kernels may not be
-            same = [r for r in results if r["task"]["model"] == model and r["task"]["mode"] == "deployed"]
-            if same:
-                calls = [c for c in same[0]["calls"] if c["step"] == step and not c["part"]]
+            made = next((r["calls"] for r in results if _makes(r["task"], model, step)), None)
+            if made is not None:
+                calls = [c for c in made if c["step"] == step and not c["part"]]
                 out[f"## Bounds: {model}, {step}"] = _of_step(calls)
     return out
+
+
+def _makes(task: Mapping[str, Any], model: str, step: str) -> bool:
+    return task["model"] == model and task["mode"] == "deployed" and step in task["steps"]
+
+
+def _shown(used: Sequence[str], mode: str) -> bool:
+    """Whether the table of a mode has a kernel for this use of it: (model, mode, step, op)."""
+    return used[1] == mode and used[2] in STEPS
 
 
 def _of_target(target: str, mode: str, kernels: Sequence[Any]) -> str:
@@ -80,7 +92,7 @@ def _of_target(target: str, mode: str, kernels: Sequence[Any]) -> str:
     for name in dict.fromkeys(k.kernel for k in kernels):
         same = [k for k in kernels if k.kernel == name]
         matrix = sorted({m for k in same for m in k.matrix})
-        ops = sorted({op for k in same for _, used, _, op in k.used if used == mode})
+        ops = sorted({used[-1] for k in same for used in k.used if _shown(used, mode)})
         largest = [max(getattr(k, field) for k in same) for field in ("registers", "shared", "tensor", "spilled")]
         rows.append([f"`{name}`", ", ".join(ops), len(same), *largest, ", ".join(matrix)])
     head = ["kernel", "ops", "variants", "registers", f"shared of {arch.shared}", f"tensor of {arch.tensor}"]

@@ -1,7 +1,7 @@
 """Every kernel of the CUDA backend, compiled for GPUs that are not here, checked, and written to a table.
 
-    python benchmarks/kernels.py --targets sm_90,sm_100 --check docs/kernels.md
-    python benchmarks/kernels.py --targets all --write docs/kernels.md
+    python benchmarks/kernels.py --check docs/kernels.md
+    python benchmarks/kernels.py --part full --write docs/kernels.md
 
 Whatever DeepSeek-V4 calls at its published sizes is called through the backend's own host code (`kernel_calls.py`), and
 each launch is compiled for the target; `backends/cuda/checks.py` says what must hold. Nothing runs on a GPU, and times
@@ -16,16 +16,25 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-MODELS = ("v4-flash", "v4-pro")
-MODES = {"deployed": MODELS, "exact": MODELS[:1]}  # exact has other dtypes: one model shows what they compile to
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+_USUAL = ("decode", "prefill", "alone")
+_SHARE = [("v4-flash", "deployed", _USUAL), ("v4-pro", "deployed", _USUAL)]
+
+# Part -> targets, and (model, mode, steps) for each of them. Other steps than the usual, and other dtypes, differ in
+# how arguments are aligned: one model shows what they compile to.
+PARTS: Mapping[str, tuple[Sequence[str], Sequence[tuple[str, str, Sequence[str]]]]] = {
+    "quick": (("sm_90", "sm_100"), _SHARE),
+    "full": (
+        ("sm_90", "sm_100", "sm_80", "sm_120", "gfx942", "gfx950"),
+        [*_SHARE, ("v4-flash", "deployed", ("single", "draft", "mixed", "packed")), ("v4-flash", "exact", _USUAL)],
+    ),
+}
 DECODE = ("decode", "single", "draft")
 
 
@@ -66,9 +75,10 @@ class Task:
     target: str
     model: str
     mode: str
+    steps: Sequence[str]
 
 
-def compile_task(task: Task, steps: Sequence[str]) -> dict[str, Any]:
+def compile_task(task: Task) -> dict[str, Any]:
     """In a process where triton is not interpreted: kernels by key, failed calls, and calls with what they cost."""
     os.environ["DSV4_HAL_ASSUME"] = task.target
     import kernel_calls
@@ -79,7 +89,7 @@ def compile_task(task: Task, steps: Sequence[str]) -> dict[str, Any]:
 
     start = time.perf_counter()
     with compile_only(task.target) as compiled:
-        made = kernel_calls.calls(task.model, task.mode, compiled, steps)
+        made = kernel_calls.calls(task.model, task.mode, compiled, task.steps)
     compiling = time.perf_counter() - start
     kernels: dict[str, Kernel] = {}
     errors, calls = [], []
@@ -87,7 +97,7 @@ def compile_task(task: Task, steps: Sequence[str]) -> dict[str, Any]:
     for call in made:
         user = (task.model, task.mode, call.step, call.op)
         if call.error:
-            errors.append(f"{' '.join(user)} on {task.target}: {call.error}")
+            errors.append(f"{call.op} of {task.model} in mode {task.mode} on {task.target}: {call.error}")
         names = []
         for launch in call.launches:
             names.append(launch.kernel)
@@ -126,12 +136,12 @@ def _add_use(kernel: Kernel, grid: Sequence[int], users: Iterable[Sequence[str]]
     kernel.used += [(*user,) for user in users if (*user,) not in kernel.used]  # type: ignore[misc]
 
 
-def run(tasks: Sequence[Task], steps: Sequence[str], workers: int) -> Iterator[dict[str, Any]]:
+def run(tasks: Sequence[Task], workers: int) -> Iterator[dict[str, Any]]:
     """Results of tasks as they come, from processes of their own."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(compile_task, task, steps) for task in tasks]):
+        for done in as_completed([pool.submit(compile_task, task) for task in tasks]):
             yield done.result()
 
 
@@ -146,34 +156,47 @@ def merged(results: Iterable[dict[str, Any]]) -> list[Kernel]:
     return sorted(found.values(), key=lambda k: (k.target, k.kernel, sorted(k.constants.items()), k.key))
 
 
+def chosen(args: argparse.Namespace) -> Iterator[Task]:
+    """Tasks of the part that was asked for, or of some of it."""
+
+    def some(names: str | None, every: Iterable[str]) -> list[str]:
+        return [name for name in every if names is None or name in names.split(",")]
+
+    targets, rows = PARTS[args.part]
+    for model, mode, steps in rows:
+        for target in some(args.targets, targets):
+            of_row = some(args.steps, steps)
+            if of_row and some(args.models, [model]) and some(args.modes, [mode]):
+                yield Task(target, model, mode, of_row)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    import kernel_calls
     import kernel_table
 
     from dsv4_hal.backends.cuda.checks import problems
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--targets", default="sm_90,sm_100", help=f"all, or some of {','.join(TARGETS)}")
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--modes", default="deployed", help=",".join(MODES))
-    parser.add_argument("--steps", default=",".join(kernel_calls.STEPS))
+    parser.add_argument("--part", choices=PARTS, default="quick")
+    parser.add_argument("--targets", help="some of the part's, separated by commas")
+    parser.add_argument("--models", help="some of the part's")
+    parser.add_argument("--modes", help="some of the part's")
+    parser.add_argument("--steps", help="some of the part's")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--slowest", type=int, default=0, help="print as many of the slowest compilations")
     parser.add_argument("--out", type=Path, help="results, a line of JSON for each task")
     parser.add_argument("--write", type=Path, help="write the table")
     parser.add_argument("--check", type=Path, help="compare the table with what was compiled")
     args = parser.parse_args(arguments)
-    targets = TARGETS if args.targets == "all" else args.targets.split(",")
-    models, modes, steps = args.models.split(","), args.modes.split(","), args.steps.split(",")
-    tasks = [Task(t, m, mode) for mode in modes for m in models for t in targets if m in MODES[mode]]
-    whole = set(models) == set(MODELS) and set(modes) == set(MODES) and set(steps) == set(kernel_calls.STEPS)
+    tasks = list(chosen(args))
+    whole = args.part == "full" and not (args.models or args.modes or args.steps)
     start, results, wrong = time.perf_counter(), [], []
-    for result in run(tasks, steps, args.workers):
+    for result in run(tasks, args.workers):
         results.append(result)
         spent = result["seconds"]
         counted = f"{len(result['kernels']):4} kernels, {len(result['calls']):4} calls, {len(result['errors'])} failed"
         times = f"{spent['compile']:.0f} s to compile, {spent['read']:.0f} s to read"
-        print(f"{' '.join(result['task'].values()):25} {counted}; {times}", flush=True)
+        task = Task(**result["task"])
+        print(f"{task.target:7} {task.model:8} {task.mode:8} {','.join(task.steps):26} {counted}; {times}", flush=True)
         wrong += result["errors"]
         if args.out:
             with args.out.open("a", encoding="utf-8") as file:
@@ -186,9 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.write.write_text(kernel_table.page(kernels, results), encoding="utf-8")
     if args.check:
         wrong += kernel_table.differences(args.check.read_text(encoding="utf-8"), kernels, results)
-    print(
-        f"{len(kernels)} kernels for {len(targets)} targets in {time.perf_counter() - start:.0f} s: {len(wrong)} wrong"
-    )
+    print(f"{len(kernels)} kernels in {time.perf_counter() - start:.0f} s: {len(wrong)} wrong")
     print("\n".join(wrong), end="\n" if wrong else "")
     return 1 if wrong else 0
 

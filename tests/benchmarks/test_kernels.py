@@ -102,7 +102,10 @@ def kernel(**changes: Any) -> Kernel:
 def result(**changes: Any) -> dict[str, Any]:
     call = {"model": "v4-flash", "mode": "deployed", "step": "decode", "op": "linear", "part": False, "count": 2}
     call |= {"shape": "4x8", "kernels": ["gemm"], "flops": {"fp8": 1979e6}, "bytes": 10.0}
-    return {"task": {"target": "sm_90", "model": "v4-flash", "mode": "deployed"}, "calls": [call | changes]}
+    return {
+        "task": {"target": "sm_90", "model": "v4-flash", "mode": "deployed", "steps": ["decode"]},
+        "calls": [call | changes],
+    }
 
 
 def test_the_table_notices_a_change() -> None:
