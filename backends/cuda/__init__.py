@@ -46,7 +46,7 @@ class Cuda(Differentiable, Attention, Experts, Cache, Gemm, Moe, HyperConnection
             raise BackendError(f"backend cuda cannot be used here: {error}") from error
         here = INTERPRETED or arch == present()
         super().__init__(numerics, device or ("meta" if not here else None))
-        if self.device.type != (self.device_type if here else "meta"):
+        if self.device.type not in ("meta", self.device_type if here else "meta"):
             where = f"interpreted, on {self.device_type}" if INTERPRETED else f"for {arch and arch.name}"
             raise BackendError(f"backend cuda: its kernels are {where}; device {self.device} cannot be used")
         assert arch is not None  # it is available
