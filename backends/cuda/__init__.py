@@ -40,7 +40,10 @@ class Cuda(Differentiable, Attention, Experts, Cache, Gemm, Moe, HyperConnection
     arch: Arch
 
     def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:
-        arch = _arch()
+        try:
+            arch = _arch()
+        except ValueError as error:
+            raise BackendError(f"backend cuda cannot be used here: {error}") from error
         here = INTERPRETED or arch == present()
         super().__init__(numerics, device or ("meta" if not here else None))
         if self.device.type != (self.device_type if here else "meta"):

@@ -198,6 +198,8 @@ def _route(reference: Reference, given: Arguments, ids: Tensor) -> tuple[Tensor,
 
 def _index_topk(reference: Reference, given: Arguments, picks: Tensor) -> tuple[Tensor, Tensor]:
     q, weights, keys, batch = (given[name] for name in ("q", "weights", "keys", "batch"))
+    none = (picks < 0).all(1)  # a padding token: whatever it holds, it gets no gradient
+    q, weights = q.masked_fill(none[:, None, None], 0), weights.masked_fill(none[:, None], 0)
     rounded = formats.round_rows(q.flatten(0, 1), keys.layout).view(q.shape)
     rows = load_rows(keys, physical_rows(keys, batch, batch.seq.clamp(min=0), picks))
     scores = reference._index_scores(rounded[:, None], weights[:, None], rows)[:, 0]

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4_hal.backends.triton_kernels.moe import clamped, sigmoid
+from dsv4_hal.backends.triton_kernels.moe import gated
 from dsv4_hal.backends.triton_kernels.norm_rope import TILE, row_root
 from dsv4_hal.backends.triton_kernels.runtime import as_rows, launch, power_of_two
 
@@ -114,12 +114,11 @@ def _swiglu(
         g = tl.load(given + row * given_row + column * given_column, mask=there, other=0.0).to(tl.float32)
         raw_gate = tl.load(source + column * column_stride, mask=there, other=0.0).to(tl.float32)
         raw_up = tl.load(source + (column + WIDTH) * column_stride, mask=there, other=0.0).to(tl.float32)
-        gate, up = clamped(raw_gate, raw_up, limit, LIMITED)
-        slope = sigmoid(gate)
-        silu = gate * slope
+        gate, sigmoid, up = gated(raw_gate, raw_up, limit, LIMITED)
+        silu = gate * sigmoid
         share += silu.to(tl.float64) * up * g
         g *= weight
-        by_gate, by_up = g * up * (slope + silu * (1.0 - slope)), g * silu
+        by_gate, by_up = g * up * (sigmoid + silu * (1.0 - sigmoid)), g * silu
         if LIMITED:
             by_gate = tl.where(raw_gate > limit, 0.0, by_gate)
             by_up = tl.where(tl.abs(raw_up) > limit, 0.0, by_up)

@@ -18,7 +18,7 @@ from dsv4_hal.backends.triton_kernels.gemm import (
     strided,
     tile_of,
 )
-from dsv4_hal.backends.triton_kernels.moe import clamped, sigmoid
+from dsv4_hal.backends.triton_kernels.moe import gated
 from dsv4_hal.backends.triton_kernels.numbers import encode_e8m0
 from dsv4_hal.backends.triton_kernels.quantize import as_bytes, block_scale, code_bytes, encoded, magnitude
 from dsv4_hal.backends.triton_kernels.runtime import DTYPES, launch, power_of_two
@@ -136,8 +136,8 @@ def _hidden(
         BN,
         BK,
     )
-    gate, up = clamped(gate.to(STORAGE).to(tl.float32), up.to(STORAGE).to(tl.float32), limit, LIMITED)
-    hidden = gate * sigmoid(gate) * up
+    gate, sigmoid, up = gated(gate.to(STORAGE).to(tl.float32), up.to(STORAGE).to(tl.float32), limit, LIMITED)
+    hidden = gate * sigmoid * up
     if EXPERTS > 0:
         hidden *= tl.load(row_weight + place, mask=there, other=0.0).to(tl.float32)[:, None]
     hidden = hidden.to(STORAGE)

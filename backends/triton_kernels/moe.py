@@ -270,19 +270,14 @@ def sum_rows(rows: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 @triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)) to a few units in the last place."""
-    e = exponential(-tl.abs(x))
-    return tl.div_rn(tl.where(x > 0.0, 1.0, e), 1.0 + e)
-
-
-@triton.jit
-def clamped(gate, up, limit, LIMITED: tl.constexpr):
-    """Gate, clamped from above, and up, clamped on both sides; NaN stays."""
+def gated(gate, up, limit, LIMITED: tl.constexpr):
+    """Gate, clamped from above, its sigmoid to a few units in the last place, and up, clamped on both sides; NaN
+    stays."""
     if LIMITED:
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    return gate, up
+    e = exponential(-tl.abs(gate))
+    return gate, tl.div_rn(tl.where(gate > 0.0, 1.0, e), 1.0 + e), up
 
 
 @triton.jit
@@ -304,8 +299,8 @@ def _swiglu(
     source, there = gate_up + row * row_stride, column < WIDTH
     gate = tl.load(source + column * column_stride, mask=there, other=0.0).to(tl.float32)
     up = tl.load(source + (column + WIDTH) * column_stride, mask=there, other=0.0).to(tl.float32)
-    gate, up = clamped(gate, up, limit, LIMITED)
-    hidden = gate * sigmoid(gate) * up
+    gate, sigmoid, up = gated(gate, up, limit, LIMITED)
+    hidden = gate * sigmoid * up
     if WEIGHTED:
         hidden *= tl.load(row_weight + row * weight_stride).to(tl.float32)
     tl.store(out + row * WIDTH + column, hidden.to(out.dtype.element_ty), mask=there)

@@ -119,9 +119,11 @@ def test_a_cached_step_has_no_gradients(cuda):
 
 
 def test_scores_are_differentiated_at_the_picks_that_were_made(reference):
-    batch = reference.plan(Batch.packed([9, 0, 6], reference.device), {4: True}, {})
+    batch = reference.plan(Batch.packed([9, 0, 6], reference.device, padding=2), {4: True}, {})
     keys = KV(torch.randn(3, 8).requires_grad_(), plain_rows(8, 0, 4, 0, torch.float32))
-    q, weights = torch.randn(15, 2, 8, requires_grad=True), torch.rand(15, 2, requires_grad=True)
+    q, weights = torch.randn(17, 2, 8), torch.rand(17, 2)
+    q[15:], weights[15:] = float("nan"), float("nan")
+    q, weights = q.requires_grad_(), weights.requires_grad_()
     picks, scores = reference.index_topk(q, weights, keys, batch, 2, with_scores=True)
     given = {"q": q, "weights": weights, "keys": keys, "batch": batch, "k": 2, "with_scores": True}
     swapped = CHOICES["index_topk"](reference, given, picks.flip(1))[1]

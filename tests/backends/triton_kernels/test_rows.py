@@ -1,4 +1,4 @@
-"""Reading cache rows of every layout inside a kernel, and rounding rows: `dsv4_hal.formats` bit for bit. Interpreted."""
+"""Cache rows of every layout, read and rounded inside a kernel: `dsv4_hal.formats` bit for bit. Interpreted."""
 
 import pytest
 import torch
@@ -93,6 +93,7 @@ def test_rounding_is_that_of_stored_rows(name):
     assert torch.equal(round_rows(wide, layout), formats.round_rows(given, layout).view(3, 3, -1))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_block_with_nan_or_infinity_becomes_nan():
     layout = LAYOUTS["flashmla"]
     given = values(layout, 3)
