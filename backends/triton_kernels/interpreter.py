@@ -18,6 +18,7 @@ and races. Programs run one after another.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -204,7 +205,9 @@ def _store(original: Callable[..., None]) -> Callable[..., None]:
 def _launch(original: Callable[..., None]) -> Callable[..., None]:
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
         _EXTENTS[:] = [_extent(t) for t in _tensors((*args, *kwargs.values()))]
-        original(self, *args, **kwargs)
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a GPU makes NaN and infinity without a word
+            original(self, *args, **kwargs)
 
     return call
 
