@@ -15,6 +15,7 @@ test: $(VENV)/installed-test
 
 full: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not browser"
+	bash ci/kernels.sh $(BIN) full
 
 lint: $(VENV)/installed-test
 	bash ci/lint.sh $(BIN)

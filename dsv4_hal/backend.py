@@ -85,7 +85,10 @@ class Backend(Ops):
 
     @classmethod
     def environment(cls) -> dict[str, str]:
-        """What a bug report should say about its devices, drivers and libraries. Called only where it is available."""
+        """What a bug report should say about its devices, drivers and libraries. Called only where it is available.
+
+        "emulated", where results are not those of the device: what stands for it. Every headline repeats it.
+        """
         return {}
 
     def supports(self, op: str, facts: Facts) -> Verdict:

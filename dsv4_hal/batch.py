@@ -33,6 +33,8 @@ class Batch:
     window_table  [R, n] ids of window blocks; position p lies in block table[(p // window_block) % n]: a ring is a
                   table shorter than the sequence
     rollback      tokens that a sequence may be cut back by; the compressor state keeps that many more
+    fixed         whether shapes may hang on q_lens only, and not on how far sequences are, so that a step can be
+                  captured once and run again: entries that a step may complete and does not are there, as -1
     plan          set by `Ops.plan`
     owner         the cache that made it; None: made by hand
     """
@@ -47,6 +49,7 @@ class Batch:
     block_tokens: int = 256
     window_block: int = 16
     rollback: int = 0
+    fixed: bool = False
     plan: Plan | None = None
     owner: object | None = field(default=None, repr=False)
     # derived
@@ -63,6 +66,8 @@ class Batch:
         self.padding = whole_number(self.padding, "padding")
         if (self.q_lens < 0).any() or (self.context < 0).any():
             raise ValueError(f"lengths must not be negative: q_lens {self.q_lens}, context {self.context}")
+        if self.fixed and not self.cached:
+            raise ValueError("only a batch with cache slots has a fixed shape: make it with Cache.batch")
         if not self.cached and self.context.any():
             raise ValueError("a batch without cache slots cannot have context: make it with Cache.batch")
         count = len(self.q_lens)
@@ -98,15 +103,27 @@ class Batch:
             raise ValueError("this batch has no plan: call ops.plan(batch, ...) first")
         return self.plan
 
+    @property
+    def reach(self) -> Array:
+        """[R] tokens that each sequence may have: those after this step, or in a fixed batch those it has blocks for.
+        Sizes of work space and bounds of loops hang on it."""
+        if not self.fixed or self.token_table is None:
+            return self.lengths
+        return np.full_like(self.lengths, self.token_table.shape[1] * self.block_tokens)
+
 
 @dataclass
 class Entries:
-    """Compressed entries that one ratio completes in this step: N rows, ordered by sequence, then by entry."""
+    """Compressed entries that one ratio completes in this step: N rows, ordered by sequence, then by entry.
+
+    In a fixed batch also those that a step of these q_lens may complete and this one does not, behind the others of
+    their sequence: no backend stores them, and what `compress` makes of them is undefined.
+    """
 
     count: int  # N
     seq: Tensor  # [N] sequence
-    index: Tensor  # [N] logical entry number
-    positions: Tensor  # [N] RoPE position: index * ratio, the first token of the block
+    index: Tensor  # [N] logical entry number, -1 for one that is not completed
+    positions: Tensor  # [N] RoPE position: index * ratio, the first token of the block; 0 for -1
     source: Tensor  # [N, span] row of cat(tokens of this step, flattened state), -1 before the start of the sequence
     keep_source: Tensor  # [M] tokens of this step that the state keeps
     keep_target: Tensor  # [M] flattened state rows they go to
@@ -129,13 +146,14 @@ class Tile:
 
 @dataclass
 class Plan:
-    """What a step needs more than once. `vendor` is the backend's own."""
+    """What a step needs more than once. `vendor` is the backend's own; that of a fixed batch is there in the next step,
+    and hangs on nothing that changes from step to step."""
 
     tiles: tuple[Tile, ...]
     entries: dict[int, Entries]  # ratio -> entries completed now
     rope: dict[tuple[str, int], CosSin]  # (rope name, 1 | ratio) -> tables of tokens | of completed entries
     base: dict[int, Tensor]  # 1 | ratio -> [R] first packed row of each sequence (no cache)
-    write: dict[int, tuple[Tensor, Tensor]]  # 1 | ratio -> (rows of this step, physical rows of the pool they go to)
+    write: dict[int, tuple[Tensor, Tensor]]  # 1 | ratio -> (rows of this step, physical rows they go to, -1: nowhere)
     tables: dict[int, Tensor] = field(default_factory=dict)  # 1 | ratio -> block table on the device
     vendor: dict[Any, Any] = field(default_factory=dict)
     owner: object | None = field(default=None, repr=False)  # the model it was made for
@@ -171,15 +189,19 @@ def state_ring(ratio: int, overlap: bool, rollback: int) -> int:
 def completed(batch: Batch, ratio: int, overlap: bool) -> tuple[Entries, Array, Array]:
     """Entries that `ratio` completes in this step, with their (seq, index) on the host.
 
-    Entry i covers tokens i*ratio .. i*ratio + ratio - 1, with overlap also the `ratio` tokens before.
+    Entry i covers tokens i*ratio .. i*ratio + ratio - 1, with overlap also the `ratio` tokens before. Index -1 stands
+    for one that a fixed batch makes room for and that is not completed.
     """
     span = ratio * (2 if overlap else 1)
     ring = state_ring(ratio, overlap, batch.rollback)
     first = batch.context // ratio
-    counts = batch.lengths // ratio - first
+    done = batch.lengths // ratio - first
+    counts = (batch.q_lens + ratio - 1) // ratio if batch.fixed else done
     seq = np.repeat(np.arange(len(counts)), counts)
-    index = np.arange(len(seq)) - np.repeat(np.cumsum(counts) - counts - first, counts)
+    number = np.arange(len(seq)) - np.repeat(np.cumsum(counts) - counts, counts)
+    index = np.where(number < done[seq], number + first[seq], -1)
     position = (index[:, None] + 1) * ratio - span + np.arange(span)
+    position[index < 0] = -1
     in_step = batch.starts[seq, None] + position - batch.context[seq, None]
     keep_source = keep_target = np.zeros(0, np.int64)
     if batch.slots is not None:
@@ -193,7 +215,14 @@ def completed(batch: Batch, ratio: int, overlap: bool) -> tuple[Entries, Array, 
     source = np.where(position < 0, -1, in_step)
     send = lambda a: upload(a, batch.device)  # noqa: E731
     entries = Entries(
-        len(seq), send(seq), send(index), send(index * ratio), send(source), send(keep_source), send(keep_target), ring
+        len(seq),
+        send(seq),
+        send(index),
+        send(index.clip(0) * ratio),
+        send(source),
+        send(keep_source),
+        send(keep_target),
+        ring,
     )
     return entries, seq, index
 
@@ -221,7 +250,8 @@ def make_plan(batch: Batch, ratios: Mapping[int, bool], ropes: Mapping[str, Tens
         for name, frequency in ropes.items():
             plan.rope[name, ratio] = cos_sin(entries.positions, frequency, angle_dtype)
         if batch.token_table is not None and table is not None:
-            rows = physical(batch.token_table, batch.block_tokens // ratio, seq, index)
+            rows = physical(batch.token_table, batch.block_tokens // ratio, seq, index.clip(0))
+            rows = np.where(index < 0, -1, rows)
             plan.write[ratio] = upload(np.arange(len(seq)), batch.device), upload(rows, batch.device)
             plan.tables[ratio] = table
     return plan

@@ -76,6 +76,7 @@ class Run(Section):
     backend: Names = ("auto",)  # a registered backend, or several in order of preference; auto: the first usable one
     ops: dict[str, Names] = {}  # op or family of ops -> backends in order of preference
     device: str | None = None  # torch device; default the first backend's
+    assume: str | None = None  # architecture that a backend shall choose kernels for, such as sm_90, without having it
     mode: Literal["deployed", "exact"] = "deployed"
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None  # compute dtype of mode exact
     strict: bool = False  # refuse to run an op on another backend than the one asked for

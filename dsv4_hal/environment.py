@@ -36,6 +36,12 @@ def environment(backends: Sequence[str] | None = None) -> Environment:
     }
 
 
+def emulated(of: Environment, backend: str) -> str:
+    """What stood for a backend's device, in parentheses; "" where it computed itself."""
+    told = of.get(f"backend {backend}", {}).get("emulated", "")
+    return f" ({told})" if told else ""
+
+
 def _machine() -> dict[str, str]:
     return {
         "python": f"{platform.python_version()} ({platform.python_implementation()}), {safe(sys.executable)}",

@@ -104,8 +104,15 @@ class Cache:
                 out[kind] += 0 if held is None else held.data.nbytes if isinstance(held, KV) else held.nbytes
         return out
 
-    def batch(self, q_lens: Sequence[int], sequences: Sequence[int] | None = None, padding: int = 0) -> Batch:
-        """A step that appends q_lens[i] tokens to sequences[i] (default: to all, in order).
+    def batch(
+        self,
+        q_lens: Sequence[int],
+        sequences: Sequence[int] | None = None,
+        padding: int = 0,
+        *,
+        fixed: bool = False,
+    ) -> Batch:
+        """A step that appends q_lens[i] tokens to sequences[i] (default: to all, in order); `fixed` as in `Batch`.
 
         ValueError where a sequence is named twice, overflows max_seq_len or max_chunk, or was left in the middle of a
         step that failed.
@@ -143,6 +150,7 @@ class Cache:
             BLOCK_TOKENS,
             WINDOW_BLOCK,
             self.rollback,
+            fixed,
             owner=self,
         )
 

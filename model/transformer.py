@@ -103,7 +103,7 @@ class Model:
         if rows is not None and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < batch.tokens:
             raise ValueError(f"rows {int(rows.min())}..{int(rows.max())} of a step of {batch.tokens} tokens")
         with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):  # pools hold bytes, not a graph
-            step = self._begin(tokens, batch, cache, trace)
+            step = self.begin(tokens, batch, cache, trace)
             streams = self.streams(step)
             logits = self.head(streams if rows is None else streams[rows.to(streams.device)])
         if cache is not None:
@@ -122,8 +122,8 @@ class Model:
                 f"tokens {tuple(tokens.shape)} and next_tokens {tuple(next_tokens.shape)} must be alike [B, S]"
             )
         count, length = tokens.shape
-        step = self._begin(tokens.flatten(), Batch.packed([length] * count, self.ops.device), None, trace)
-        following = self._tokens(next_tokens.flatten())
+        step = self.begin(tokens.flatten(), Batch.packed([length] * count, self.ops.device), None, trace)
+        following = self._tokens(next_tokens.flatten()).to(self.ops.device)
         streams = self.streams(step)
         mtp_step = Step(following, step.batch, trace=step.trace)
         return self.mtp(streams, self.ops.embedding(following, self.embed), mtp_step).unflatten(0, (count, length))
@@ -154,7 +154,8 @@ class Model:
         self.ops.plan(batch, self.ratios, self.ropes).require_plan().owner = self
         return batch
 
-    def _begin(self, tokens: Tensor, batch: Batch, cache: Cache | None, trace: Trace | None) -> Step:
+    def begin(self, tokens: Tensor, batch: Batch, cache: Cache | None = None, trace: Trace | None = None) -> Step:
+        """A step that is about to run; ValueError or TypeError where tokens, batch, cache and model do not fit."""
         if tokens.shape != (batch.tokens,):
             raise ValueError(f"tokens {tuple(tokens.shape)} for a batch of {batch.tokens}")
         if batch.cached != (cache is not None):
@@ -166,7 +167,7 @@ class Model:
         longest = int(batch.lengths.max(initial=0))
         if longest > self.cfg.max_position_embeddings:
             raise ValueError(f"{longest} tokens exceed the model's {self.cfg.max_position_embeddings} positions")
-        tokens = self._tokens(tokens)
+        tokens = self._tokens(tokens).to(batch.device)
         if batch.plan is None:
             self.plan(batch)
         if cache is not None:
@@ -180,4 +181,4 @@ class Model:
             low, high = tokens.aminmax()
             if low < 0 or high >= self.cfg.vocab_size:
                 raise ValueError(f"token ids {int(low)}..{int(high)} outside the vocabulary of {self.cfg.vocab_size}")
-        return tokens.to(self.ops.device)
+        return tokens

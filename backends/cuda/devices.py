@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import MappingProxyType
 
 import torch
 
-ASSUME = "DSV4_HAL_ASSUME"  # environment variable: the architecture to choose kernels for where there is no such device
+ASSUME = "DSV4_HAL_ASSUME"  # environment variable, and key `assume` of a run: the architecture to choose kernels for
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,59 @@ def arch_of(capability: tuple[int, int]) -> Arch | None:
     return ARCHS.get(f"sm_{capability[0]}{capability[1]}")
 
 
-def current(device: torch.device) -> Arch:
-    """The architecture that kernels are chosen for: the one assumed, the device's own, or the default.
+def assumed() -> Arch | None:
+    """The architecture that is assumed, if one is. ValueError names the nearest one for a name that is not known."""
+    name = os.environ.get(ASSUME)
+    if name is None:
+        return None
+    if name not in ARCHS:
+        near = get_close_matches(name, ARCHS, 1)
+        raise ValueError(
+            f"{ASSUME}={name}: no such architecture; known are {', '.join(ARCHS)}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    return ARCHS[name]
 
-    ValueError where an unknown one is assumed.
+
+def present() -> Arch | None:
+    """The architecture of this machine's GPU; None where there is none, or one that is not known."""
+    return arch_of(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU, for bounds on how fast anything can be on it.
+
+    rates   operations a second of its units, dense, by the format of the operands; sums in float32
+    memory  bytes a second
     """
-    assumed = os.environ.get(ASSUME)
-    if assumed is not None:
-        if assumed not in ARCHS:
-            raise ValueError(f"{ASSUME}={assumed}: no such architecture; known are {', '.join(ARCHS)}")
-        return ARCHS[assumed]
-    if device.type == "cuda":
-        found = arch_of(torch.cuda.get_device_capability(device))
-        if found is None:
-            raise ValueError(f"compute capability {torch.cuda.get_device_capability(device)} is not known")
-        return found
-    return ARCHS[DEFAULT]
+
+    name: str
+    arch: str
+    memory: float
+    rates: Mapping[str, float]
+
+    def bound(self, flops: Mapping[str, float], moved: float) -> float:
+        """Seconds that `flops` (by the format of their operands) and `moved` bytes take at least."""
+        return max(sum(count / self.rate(format) for format, count in flops.items()), moved / self.memory)
+
+    def rate(self, format: str) -> float:
+        """Operations a second on operands of `format`, which the next wider one that the GPU has holds exactly."""
+        return next(self.rates[f] for f in _WIDER[_WIDER.index(format) :] if f in self.rates)
+
+
+_WIDER = ("fp4", "fp8", "bf16", "fp32")
+
+# NVIDIA H100 and A100 whitepapers and datasheets, H200 datasheet, Blackwell architecture technical brief (HGX B200);
+# A100 with 80 GB. fp32 is the rate of ordinary float32 arithmetic: no matrix unit multiplies float32 exactly.
+DEVICES: Mapping[str, Device] = MappingProxyType(
+    {
+        d.name: d
+        for d in (
+            Device("H100", "sm_90", 3.35e12, {"fp8": 1979e12, "bf16": 989.4e12, "fp32": 66.9e12}),
+            Device("H200", "sm_90", 4.8e12, {"fp8": 1979e12, "bf16": 989.4e12, "fp32": 66.9e12}),
+            Device("B200", "sm_100", 8e12, {"fp4": 9000e12, "fp8": 4500e12, "bf16": 2250e12, "fp32": 80e12}),
+            Device("A100", "sm_80", 2.039e12, {"bf16": 312e12, "fp32": 19.5e12}),
+        )
+    }
+)

@@ -1,17 +1,33 @@
-"""Tiles of kernels by architecture, as data.
+"""Tile sizes of kernels by architecture, as data: what fits its registers and its shared memory.
 
-One configuration for an architecture and a kind of operand, whatever the number of rows: a row's result must not hang
-on how many come with it.
+They may change which bits a result has, so that nothing else may choose them: not how many tokens come together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
-Tile = Mapping[str, int]
+from dsv4_hal.backends.cuda.devices import ARCHS
+
+Tiles = Mapping[str, Mapping[str, int]]
 
 
-def _tile(rows: int, columns: int, inner: int, warps: int, stages: int) -> Tile:
+def table(default: Mapping[str, int], **by_arch: Mapping[str, int]) -> Tiles:
+    """Constants of a kernel for every architecture: the default, with what differs."""
+    return MappingProxyType({name: {**default, **by_arch.get(name, {})} for name in ARCHS})
+
+
+# In float32 matrix units are not used: products of many columns at once would not fit the registers.
+_ATTENTION = {"heads": 16, "keys": 32, "num_warps": 8, "num_stages": 1}
+_INDEX = {"entries": 128, "num_warps": 4, "num_stages": 2}
+ATTENTION = table(_ATTENTION, gfx942={"keys": 16})
+ATTENTION_FLOAT32 = table({**_ATTENTION, "keys": 16})
+INDEX = table(_INDEX)
+INDEX_FLOAT32 = table({**_INDEX, "entries": 32, "num_warps": 8, "num_stages": 1})
+
+
+def _tile(rows: int, columns: int, inner: int, warps: int, stages: int) -> Mapping[str, int]:
     return {"BM": rows, "BN": columns, "BK": inner, "num_warps": warps, "num_stages": stages}
 
 
@@ -31,7 +47,7 @@ _BLACKWELL = {
 }
 
 # products, by kind of operand: see backends.triton_kernels.gemm.Units
-GEMM: Mapping[str, Mapping[str, Tile]] = {
+GEMM: Mapping[str, Tiles] = {
     "sm_80": {**_AMPERE, "widened": _tile(64, 64, 64, 8, 3)},
     "sm_86": {**_AMPERE, "widened": _tile(64, 64, 64, 8, 3)},
     "sm_89": _AMPERE,
@@ -55,7 +71,7 @@ _PAIR = {
     "widened": _tile(64, 128, 32, 8, 3),
     "float32": _tile(32, 64, 32, 8, 2),
 }
-EXPERTS: Mapping[str, Mapping[str, Tile]] = {
+EXPERTS: Mapping[str, Tiles] = {
     "sm_80": _PAIR,
     "sm_86": _PAIR,
     "sm_89": _PAIR,

@@ -82,9 +82,10 @@ def parts(batch: Batch, width: Callable[[Tile], int], single: bool = False) -> I
         step = max(1, SCRATCH // (tile.size * max(1, width(tile))))
         for start in range(0, len(tile.seq), step):
             key = ("part", i, tile.size, start, step)
-            if key not in plan.vendor:
-                plan.vendor[key] = make_part(tile, slice(start, start + step), batch.device)
-            yield plan.vendor[key]
+            part = plan.vendor.get(key) or make_part(tile, slice(start, start + step), batch.device)
+            if not batch.fixed:  # else positions, which a part is made of, move on beneath the plan
+                plan.vendor[key] = part
+            yield part
 
 
 def singles(tile: Tile) -> Tile:

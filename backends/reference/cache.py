@@ -22,6 +22,8 @@ class Cache(ops.Cache):
         if pool is None:
             return KV(formats.round_rows(rows, layout), layout)
         source, target = batch.require_plan().write[layout.ratio]
+        if batch.fixed and layout.ratio > 1:
+            source, target = source[target >= 0], target[target >= 0]
         chosen = rows if len(source) == len(rows) else rows[source]
         formats.store(pool.data, layout, pool.rows, target, chosen)
         return pool
@@ -74,7 +76,7 @@ def pool_blocks(tokens: Tensor, state: Tensor | None, entries: Entries, overlap:
         block = torch.cat([block[:, :own, :, :c], block[:, own:, :, c:]], 1)
     missing = (source < 0)[..., None]
     value = block[:, :, 0].masked_fill(missing, 0)
-    weight = block[:, :, 1].masked_fill(missing, float("-inf")).softmax(1)
+    weight = block[:, :, 1].masked_fill(missing, float("-inf")).softmax(1)  # NaN where an entry is only room for one
     return (value * weight).sum(1)
 
 

@@ -271,11 +271,13 @@ def sum_rows(rows: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
 
 @triton.jit
 def gated(gate, up, limit, LIMITED: tl.constexpr):
-    """Gate, clamped from above, its sigmoid, and up, clamped on both sides; NaN stays."""
+    """Gate, clamped from above, its sigmoid to a few units in the last place, and up, clamped on both sides; NaN
+    stays."""
     if LIMITED:
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    return gate, 1.0 / (1.0 + tl.exp(-gate)), up
+    e = exponential(-tl.abs(gate))
+    return gate, tl.div_rn(tl.where(gate > 0.0, 1.0, e), 1.0 + e), up
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 import dsv4_hal
 from dsv4_hal.backend import BackendError
-from dsv4_hal.config import Loaded, Run, load_run
+from dsv4_hal.config import PREFIX, Loaded, Run, load_run
 from dsv4_hal.dispatch import Resolved
 from dsv4_hal.numerics import Numerics, numerics_for
 from dsv4_hal.registry import FALLBACK, list_backends
@@ -51,6 +52,8 @@ def configure(config: Path | None, sets: list[str] | None, show: bool = False, *
         for flag, option in options.items()
     }
     loaded = load_run(config, sets or (), flags)
+    if loaded.run.assume is not None:  # backends read it there, and so do the processes they are run in
+        os.environ[f"{PREFIX}ASSUME"] = loaded.run.assume
     if show:
         notes.print(settings_yaml(loaded), markup=False)
     return loaded

@@ -46,6 +46,9 @@ def explain(
     mode: common.Mode = None,
     device: common.Device = None,
     strict: common.Strict = None,
+    assume: Annotated[
+        str | None, typer.Option(help="Explain as on a machine with this architecture, such as sm_90.", metavar="ARCH")
+    ] = None,
     show_config: common.ShowConfig = False,
     as_json: Json = False,
 ) -> None:
@@ -64,6 +67,7 @@ def explain(
         mode=("mode", mode),
         device=("device", device),
         strict=("strict", strict),
+        assume=("assume", assume),
     )
     run = loaded.run
     facts = {} if run.model is None else vars(find_config(run.model)[0])
@@ -72,11 +76,13 @@ def explain(
     others = [info for info in list_backends() if info.name not in _involved(ops)]
     refused = [r.fallback for r in ops.resolutions if r.fallback]
     if as_json:
-        typer.echo(json.dumps(_report(ops, run.model, run.mode, others, refused if run.strict else None), indent=2))
+        typer.echo(
+            json.dumps(_report(ops, run.model, run.mode, run.assume, others, refused if run.strict else None), indent=2)
+        )
     else:
         console = common.console()
         console.print(_table(ops))
-        console.print(escape(_summary(ops, run.model, run.mode)), soft_wrap=True)
+        console.print(escape(_summary(ops, run.model, run.mode, run.assume)), soft_wrap=True)
         for name, why in _passed_over(ops, others).items():
             console.print(escape(f"passed over: {name} ({why})"), soft_wrap=True)
     if run.strict and refused:
@@ -96,9 +102,10 @@ def _table(ops: Resolved) -> Table:
     return table
 
 
-def _summary(ops: Resolved, model: str | None, mode: str) -> str:
+def _summary(ops: Resolved, model: str | None, mode: str, assume: str | None) -> str:
     about = f"for {model}" if model else "for no model in particular (--model names one: its widths may be refused)"
-    return f"{ops.primary.name} on {ops.device}, {mode}, {about}: {common.kinds(ops)}"
+    where = f"{ops.device}, taken for {assume}" if assume else str(ops.device)
+    return f"{ops.primary.name} on {where}, {mode}, {about}: {common.kinds(ops)}"
 
 
 def _involved(ops: Resolved) -> set[str]:
@@ -117,11 +124,12 @@ def _passed_over(ops: Resolved, others: list[BackendInfo]) -> Mapping[str, str]:
 
 
 def _report(
-    ops: Resolved, model: str | None, mode: str, others: list[BackendInfo], strict: list[str] | None
+    ops: Resolved, model: str | None, mode: str, assume: str | None, others: list[BackendInfo], strict: list[str] | None
 ) -> dict[str, Any]:
     return {
         "backend": ops.primary.name,
         "device": str(ops.device),
+        "assumed": assume,
         "mode": mode,
         "model": model,
         "counts": {kind: sum(r.runs_as == kind for r in ops.resolutions) for kind in common.KINDS},

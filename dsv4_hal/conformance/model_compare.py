@@ -18,6 +18,7 @@ from dsv4_hal.conformance import drift, model_run
 from dsv4_hal.conformance.drift import GOOD, Call, Part, Picks, Row
 from dsv4_hal.conformance.model_run import PROGRESS, ModelRun
 from dsv4_hal.conformance.replay import Script
+from dsv4_hal.environment import emulated
 from dsv4_hal.registry import FALLBACK
 
 Tell = Callable[[str], PROGRESS]
@@ -195,7 +196,7 @@ def _head(
 
 def headline(compared: Compared) -> Iterator[str]:
     """A line per backend: how many of its parts agree, the worst, and how far the free run stays together."""
-    base = compared.head["baseline"]
+    base, where = compared.head["baseline"], compared.head["environment"]
     for backend in compared.head["backends"]:
         mine = [row for row in compared.rows if row.backend == backend]
         judged = [row for row in mine if isinstance(row, Part)]
@@ -203,9 +204,8 @@ def headline(compared: Compared) -> Iterator[str]:
         own = sum(kind == "native" for kind in compared.head["ops"].get(backend, {}).values())
         shares = [row.of_budget for row in judged if row.of_budget is not None]
         free = next((row for row in mine if isinstance(row, drift.Free) and row.top1 is not None), None)
-        text = (
-            f"{backend} against {base}: {own} native op{'' if own == 1 else 's'}; {len(judged)} parts, {len(bad)} wrong"
-        )
+        who = backend + emulated(where.get(backend, {}), backend)
+        text = f"{who} against {base}: {own} native op{'' if own == 1 else 's'}; {len(judged)} parts, {len(bad)} wrong"
         if shares:
             text += f", worst at {max(shares):.2f} of its budget"
         if free is not None:

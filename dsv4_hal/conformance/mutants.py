@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_hal import formats
 from dsv4_hal.backend import Backend
 from dsv4_hal.conformance.runner import GRAD, MODES, Outcome, jobs, run
 from dsv4_hal.formats import QTensor
@@ -420,6 +421,16 @@ def other_blocks_written(right: Any, self: Any, rows: Tensor, layout: Any, batch
     if pool is not None:
         table = batch.window_table if layout.ratio == 1 else batch.token_table
         pool.data[[block for block in range(len(pool.data)) if block not in table]] = 0
+    return kept
+
+
+@mutant("cache: an entry that there is only room for is stored, as entry 0", "kv_store")
+def room_is_stored(right: Any, self: Any, rows: Tensor, layout: Any, batch: Any, pool: KV | None = None) -> KV:
+    kept = right.kv_store(self, rows, layout, batch, pool)
+    if pool is not None and batch.fixed and layout.ratio > 1:
+        entries = batch.require_plan().entries[layout.ratio]
+        room, first = entries.index < 0, torch.from_numpy(batch.token_table[:, 0] * pool.rows)[entries.seq]
+        formats.store(pool.data, layout, pool.rows, first[room], rows[room])
     return kept
 
 

@@ -137,7 +137,8 @@ class Naive(Backend):
         if pool is None:
             return KV(formats.round_rows(rows, layout), layout)
         # Of rows at the same place the last one stays.
-        where = {place(pool, batch, *new): row for row, new in enumerate(new_rows(batch, layout.ratio))}
+        rows_of = enumerate(new_rows(batch, layout.ratio))
+        where = {place(pool, batch, sequence, i): row for row, (sequence, i) in rows_of if i >= 0}
         if where:
             formats.store(pool.data, layout, pool.rows, torch.tensor(list(where)), rows[list(where.values())])
         return pool
@@ -171,6 +172,9 @@ class Naive(Backend):
         out = []
         for sequence, i in new_rows(batch, ratio):
             slot = int(slots[sequence])
+            if i < 0:
+                out.append(torch.zeros(c, dtype=F64))
+                continue
             own = [rows[slot, p] for p in range(i * ratio, (i + 1) * ratio)]
             block = [(value[-c:], weight[-c:]) for value, weight in own]
             if overlap and i > 0:
@@ -356,12 +360,13 @@ def naive_sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
 
 
 def new_rows(batch: Batch, ratio: int) -> list[tuple[int, int]]:
-    """(sequence, position or entry) of every row that a step adds, in order."""
-    return [
-        (r, i)
-        for r, (context, length) in enumerate(zip(batch.context.tolist(), batch.lengths.tolist(), strict=True))
-        for i in range(context // ratio, length // ratio)
-    ]
+    """(sequence, position or entry) of every row that a step adds, in order; -1 for one that there is only room for."""
+    out = []
+    for r, (q, context) in enumerate(zip(batch.q_lens.tolist(), batch.context.tolist(), strict=True)):
+        new = list(range(context // ratio, (context + q) // ratio))
+        room = -(-q // ratio) if batch.fixed else 0
+        out += [(r, i) for i in new + [-1] * (room - len(new))]
+    return out
 
 
 def place(kv: KV, batch: Batch, sequence: int, index: int) -> int:

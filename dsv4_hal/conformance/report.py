@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 from dsv4_hal.conformance import html, saved
 from dsv4_hal.conformance.runner import WHOLE, About, Extent, Outcome
 from dsv4_hal.conformance.waivers import Waiver, stale
-from dsv4_hal.environment import environment
+from dsv4_hal.environment import emulated, environment
 from dsv4_hal.ops import OPS
 from dsv4_hal.registry import FALLBACK
 
@@ -69,7 +69,8 @@ class Run:
             own_text = f"the reference, against {told_of or 'no oracle'}"
         else:
             own_text = f"{own} native op{'' if own == 1 else 's'} of the {len(self.runs_as)} that ran"
-        return f"{self.backend}: {own_text}; {len(self.outcomes)} cases: {told or 'none'}; {self.extent}"
+        who = self.backend + emulated(self.about.environment, self.backend)
+        return f"{who}: {own_text}; {len(self.outcomes)} cases: {told or 'none'}; {self.extent}"
 
 
 def rows(run: Run) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ class Cache(Gemm, NormRope):
         layout  ratio 1: one row per token of the step; ratio r: one row per entry that r completes in it
         pool    None: the rounded rows themselves, in order, differentiable (packed). A paged KV: rows are written to
                 the blocks that the batch's tables name, in the pool's byte layout, and the pool is returned; rows of
-                padding tokens are not written.
+                padding tokens are not written, nor those of entries that a fixed batch only makes room for.
         Raises ContractError if the number of rows is not the plan's, or if a window ring is too small: it must hold
         window - 1 + the longest chunk, or keys are overwritten before they are attended.
         """
@@ -158,7 +158,8 @@ class Cache(Gemm, NormRope):
         kv, gate  [T, coff * c] in numerics.accumulate, coff = 2 with overlap, else 1
         ape       [ratio, coff * c], added to gate by position modulo ratio
         state     None, or from `state_new`: supplies the tokens before this step and takes those after the last block
-        returns   [N, c] in numerics.accumulate, N entries ordered as in the plan (often none)
+        returns   [N, c] in numerics.accumulate, N entries ordered as in the plan (often none); rows of entries that
+                  a fixed batch only makes room for are undefined
 
         Entry i is, per channel, the softmax(gate + ape)-weighted sum of kv over its block. Without overlap the block
         is its `ratio` tokens. With overlap it is 2 * ratio slots: the first c channels of the previous block's tokens,

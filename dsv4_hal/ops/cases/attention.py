@@ -51,6 +51,7 @@ def index_topk() -> Cases:
         size = size_of(ragged, real=True)
         yield case("index_topk", _index_topk, size, ragged=ragged, k=8, reused=True)
         yield case("index_topk", _index_topk, size, ragged=ragged, k=8, q_scale=30.0)
+        yield case("index_topk", _index_topk, size, ragged=ragged, k=8, fixed=True)
     for strides in ("one", "row"):
         yield case("index_topk", _index_topk_loose, "interpreted", ragged="few", k=3, strides=strides)
     yield case("index_topk", _index_topk, "full", ragged="64at0", k=512, heads=64)
@@ -72,8 +73,9 @@ def _index_topk(
     heads: int = 4,
     reused: bool = False,
     q_scale: float = 1.0,
+    fixed: bool = False,
 ) -> Results:
-    batches = steps(ops, generator, ragged)
+    batches = steps(ops, generator, ragged, fixed=fixed)
     batch = batches[-1]
     keys = filled(ops, generator, row_layout(ops, "index"), batches, reused)
     q = token_rows(ops, generator, batch, heads, keys.layout.dim, scale=q_scale)
@@ -135,6 +137,9 @@ def sparse_attention() -> Cases:
         ("few", {"entries": "picks", "small": True, "out": True}),
         ("padded", {"entries": "none", "lse": False}),
         ("few", {"entries": "csa", "small": True, "reused": True}),
+        ("few", {"entries": "csa", "small": True, "fixed": True}),
+        ("few", {"entries": "picks", "small": True, "fixed": True}),
+        ("decode", {"entries": "hca", "fixed": True}),
         ("chunked", {"entries": "picks", "reused": True}),
         ("decode", {"entries": "hca", "reused": True}),
     ):
@@ -165,8 +170,9 @@ def _attention(
     lse: bool = True,
     heads: int = 4,
     reused: bool = False,
+    fixed: bool = False,
 ) -> Results:
-    batches = steps(ops, generator, ragged, window)
+    batches = steps(ops, generator, ragged, window, fixed=fixed)
     batch, kind = batches[-1], "csa" if entries == "picks" else entries
     window_kv = filled(ops, generator, row_layout(ops, "window", small, window), batches, reused)
     dim = window_kv.layout.dim

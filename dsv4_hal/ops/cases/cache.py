@@ -55,6 +55,8 @@ def row_layout(ops: Resolved, kind: str, small: bool = False, window: int = 8) -
 def plan() -> Cases:
     for ragged in RAGGED:
         yield case("plan", _plan, size_of(ragged), ragged=ragged)
+    for ragged in ("few", "mixed"):
+        yield case("plan", _plan, size_of(ragged), ragged=ragged, fixed=True)
     yield case("plan", _plan_far, position=1_000_003)
 
 
@@ -62,9 +64,9 @@ def frequencies(channels: int, base: float) -> Tensor:
     return base ** -(torch.arange(0, channels, 2, dtype=torch.float32) / channels)
 
 
-def _plan(ops: Resolved, generator: torch.Generator, ragged: str) -> Results:
+def _plan(ops: Resolved, generator: torch.Generator, ragged: str, fixed: bool = False) -> Results:
     ropes = {"window": frequencies(64, 1e4), "compressed": frequencies(64, 1.6e5)}
-    return _planned(steps(ops, generator, ragged, ropes=ropes)[-1])
+    return _planned(steps(ops, generator, ragged, ropes=ropes, fixed=fixed)[-1])
 
 
 def _plan_far(ops: Resolved, generator: torch.Generator, position: int) -> Results:
@@ -99,6 +101,9 @@ def kv_store() -> Cases:
             yield case("kv_store", _kv_store, size_of(ragged, real=True), kind=kind, ragged=ragged, reused=True)
         for ragged in ("3at2303.1at1000", "60at30.p2"):
             yield case("kv_store", _kv_store, "full", kind=kind, ragged=ragged)
+    for kind in ("csa", "index"):
+        for ragged in ("few", "mixed"):
+            yield case("kv_store", _kv_store, size_of(ragged, real=True), kind=kind, ragged=ragged, fixed=True)
     for strides in ("one", "row"):
         yield case("kv_store", _kv_store_loose, kind="window", ragged="few", small=True, strides=strides)
 
@@ -111,8 +116,9 @@ def _kv_store(
     small: bool = False,
     block_tokens: int = 256,
     reused: bool = False,
+    fixed: bool = False,
 ) -> Results:
-    batches = steps(ops, generator, ragged, block_tokens=block_tokens)
+    batches = steps(ops, generator, ragged, block_tokens=block_tokens, fixed=fixed)
     kv = filled(ops, generator, row_layout(ops, kind, small), batches, reused)
     return held(ops, kind if kind == "index" else "kv", kv, batches[-1])
 
@@ -168,8 +174,14 @@ def _compress_all(
     for number, batch in enumerate(batches):
         kv = token_rows(ops, generator, batch, channels).to(wide)
         gate = token_rows(ops, generator, batch, channels, scale=scale).to(wide)
-        out[f"entries_{number}"] = ops.compress(kv, gate, ape, batch, ratio, overlap, state)
+        made = ops.compress(kv, gate, ape, batch, ratio, overlap, state)
+        out[f"entries_{number}"] = completed_only(made, batch, ratio)
     return out
+
+
+def completed_only(entries: Tensor, batch: Batch, ratio: int) -> Tensor:
+    """Zeros in place of entries that a fixed batch only makes room for."""
+    return entries.masked_fill(batch.require_plan().entries[ratio].index[:, None] < 0, 0)
 
 
 def _width(ratio: int, width: int = 16) -> int:
@@ -241,6 +253,8 @@ def compress() -> Cases:
             yield case("compress", _compress, size_of(ragged), ratio=ratio, ragged=ragged)
         for ragged in ("few", "chunked"):  # exponentials that overflow
             yield case("compress", _compress, size_of(ragged), ratio=ratio, ragged=ragged, scale=40.0)
+        for ragged in ("few", "mixed"):
+            yield case("compress", _compress, size_of(ragged), ratio=ratio, ragged=ragged, fixed=True)
         for ragged in ("3at2303.1at127", "60at70.p2"):
             yield case("compress", _compress, "full", ratio=ratio, ragged=ragged, width=512)
         for strides in ("one", "row"):
@@ -254,9 +268,15 @@ def compress() -> Cases:
 
 
 def _compress(
-    ops: Resolved, generator: torch.Generator, ratio: int, ragged: str, scale: float = 1.0, width: int = 16
+    ops: Resolved,
+    generator: torch.Generator,
+    ratio: int,
+    ragged: str,
+    scale: float = 1.0,
+    width: int = 16,
+    fixed: bool = False,
 ) -> Results:
-    batches = steps(ops, generator, ragged)
+    batches = steps(ops, generator, ragged, fixed=fixed)
     state = stale_state(ops, len(ragged_of(ragged).q_lens) + 3, ratio, width) if batches[0].cached else None
     return _compress_all(ops, generator, batches, ratio, state, width, scale)
 
@@ -329,6 +349,10 @@ def compress_store() -> Cases:
         yield case("compress_store", _compress_store, "quick", kind=kind, ragged="chunked", reused=True)
         for inputs in (4096, 7168):
             yield case("compress_store", _compress_store, "full", kind=kind, ragged="60at70.p2", inputs=inputs)
+    for kind in ("csa", "index"):
+        for ragged in ("few", "mixed"):
+            size = size_of(ragged, real=True)
+            yield case("compress_store", _compress_store, size, kind=kind, ragged=ragged, fixed=True)
     yield case("compress_store", _compress_store_loose, "interpreted", kind="csa", ragged="5.0.2.p1", strides="row")
     yield case("compress_store", _compress_store_loose, "quick", kind="csa", ragged="few", strides="one")
     for kind in ("csa", "index"):
@@ -336,10 +360,16 @@ def compress_store() -> Cases:
 
 
 def _compress_store(
-    ops: Resolved, generator: torch.Generator, kind: str, ragged: str, inputs: int = 32, reused: bool = False
+    ops: Resolved,
+    generator: torch.Generator,
+    kind: str,
+    ragged: str,
+    inputs: int = 32,
+    reused: bool = False,
+    fixed: bool = False,
 ) -> Results:
     layout = row_layout(ops, kind)
-    ratio, batches = layout.ratio, steps(ops, generator, ragged)
+    ratio, batches = layout.ratio, steps(ops, generator, ragged, fixed=fixed)
     weights = compressor_weights(ops, generator, ratio, layout.dim, inputs, "bf16")
     state = stale_state(ops, len(ragged_of(ragged).q_lens) + 3, ratio, layout.dim) if batches[0].cached else None
     kv = used_pool(ops, generator, layout, batches[0]) if reused else pool_for(ops, layout, batches[0])

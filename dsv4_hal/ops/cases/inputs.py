@@ -206,14 +206,17 @@ def steps(
     window: int = 8,
     ropes: dict[str, Tensor] | None = None,
     block_tokens: int = 256,
+    fixed: bool = False,
 ) -> list[Batch]:
-    """Planned batches that bring every sequence to its context, and then the step itself.
+    """Planned batches that bring every sequence to its context, and then the step itself, of a fixed shape or not.
 
     Blocks and slots are dealt out in random order, some are left over, and the window ring is shorter than the longest
     sequences.
     """
     lengths, ropes = ragged_of(ragged), ropes or {}
     if lengths.packed:
+        if fixed:
+            raise ValueError(f"a packed step has no fixed shape: {ragged}")
         return [ops.plan(Batch.packed(lengths.q_lens, ops.device, lengths.padding), RATIOS, ropes)]
     q, context = np.array(lengths.q_lens), np.array(lengths.context)
     chunk, count = max(64, int(q.max())), len(q)
@@ -235,6 +238,7 @@ def steps(
                     token_table,
                     window_table,
                     block_tokens,
+                    fixed=fixed and last,
                 ),
                 RATIOS,
                 ropes,
