@@ -84,8 +84,9 @@ class Call:
 
 
 def calls(model: str, mode: str, compiled: list[Compiled], steps: Iterable[str] = (*STEPS, "alone")) -> list[Call]:
-    """What a preset calls of the backend in `steps` of STEPS, and "alone": what no step calls. `compiled` is the list of `ahead.compile_only`.
+    """What a preset calls of the backend in `steps` of STEPS, and in "alone": what no step calls.
 
+    compiled  the list of `ahead.compile_only`
     The architecture is the one that is assumed (`devices.ASSUME`).
     """
     cfg, numerics = preset(model), numerics_for(mode)
