@@ -68,20 +68,21 @@ class Decoder:
 
     def _run(self) -> Tensor:
         if self.model.ops.device.type != "cuda":
-            return self._forward()
+            return self.forward()
         if self._graph is None:
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
-                self._forward()  # compiles what is not compiled; writes what the captured step will write again
+                self.forward()  # compiles what is not compiled; writes what the captured step will write again
             torch.cuda.current_stream().wait_stream(aside)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
-                self._logits = self._forward()
+                self._logits = self.forward()
         self._graph.replay()
         return self._logits
 
-    def _forward(self) -> Tensor:
+    def forward(self) -> Tensor:
+        """What is captured: the step on the device, from the buffer and the cache."""
         step = Step(self._tokens, self.batch, self.cache)
         return self.model.head(self.model.streams(step))
 

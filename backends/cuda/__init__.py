@@ -11,14 +11,23 @@ import torch
 import triton
 
 from dsv4_hal.backend import BackendError, Facts, Verdict
+from dsv4_hal.backends.cuda.attention import Attention
+from dsv4_hal.backends.cuda.autograd import Differentiable
+from dsv4_hal.backends.cuda.cache import Cache
 from dsv4_hal.backends.cuda.devices import ARCHS, DEFAULT, Arch, assumed, present
+from dsv4_hal.backends.cuda.experts import Experts
+from dsv4_hal.backends.cuda.gemm import Gemm
+from dsv4_hal.backends.cuda.hyper_connection import HyperConnection
+from dsv4_hal.backends.cuda.moe import Moe
 from dsv4_hal.backends.cuda.norm_rope import NormRope
+from dsv4_hal.backends.cuda.sampling import Sampling
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.backends.triton_kernels.runtime import INTERPRETED
+from dsv4_hal.formats import FORMATS, RowLayout, flashmla_rows, index_fp4_rows
 from dsv4_hal.numerics import Numerics
 
 
-class Cuda(NormRope, Reference):
+class Cuda(Differentiable, Attention, Experts, Cache, Gemm, Moe, HyperConnection, NormRope, Sampling, Reference):
     """arch  the architecture that kernels and tiles are chosen for: the GPU's own, or one that is assumed. Interpreted
     kernels compute what they would on it; else, where it is not this machine's, there are shapes on the meta device:
     enough to explain what would run, and to compile it."""
@@ -30,7 +39,10 @@ class Cuda(NormRope, Reference):
     arch: Arch
 
     def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:
-        arch = _arch()
+        try:
+            arch = _arch()
+        except ValueError as error:
+            raise BackendError(f"backend cuda cannot be used here: {error}") from error
         here = INTERPRETED or arch == present()
         super().__init__(numerics, device or ("meta" if not here else None))
         if self.device.type not in ("meta", self.device_type if here else "meta"):
@@ -72,6 +84,15 @@ class Cuda(NormRope, Reference):
         if self.numerics.accumulate != torch.float32 and self.origin(op).kind == "native":
             return Verdict(False, f"its kernels sum in float32, the profile in {self.numerics.accumulate}")
         return super().supports(op, facts)
+
+    def row_layout(self, kind: str, dim: int, rope: int, ratio: int, window: int = 0) -> RowLayout:
+        """FlashMLA's rows where FP8 rows fill its blocks, packed MXFP4 for indexer keys; else plain values."""
+        fp8, fp4 = self.numerics.kv == FORMATS["e4m3_1x64"], self.numerics.index == FORMATS["mxfp4"]
+        if kind in ("window", "entries") and fp8 and dim > rope and (dim - rope) % 64 == 0:
+            return flashmla_rows(ratio, window, dim, rope)
+        if kind == "index" and fp4 and dim % 32 == 0:
+            return index_fp4_rows(ratio, dim)
+        return super().row_layout(kind, dim, rope, ratio, window)
 
 
 def _arch() -> Arch | None:

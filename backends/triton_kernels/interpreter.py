@@ -9,7 +9,8 @@ replaces these parts:
 - casts round to nearest even, and saturate for float8, as `cvt.rn.satfinite` does;
 - `tl.dot` multiplies values, sums in float32, and rounds float32 operands where TF32 was asked for;
 - a scalar condition is a mask like any other;
-- a load or store whose address lies in none of the tensors that the kernel was given raises IndexError.
+- a load or store whose address lies in none of the tensors that the kernel was given raises IndexError;
+- Triton's language is taken over once, not again by every function that a kernel calls: that took most of the time.
 
 What stays different from a GPU: the order of sums, exponentials in their last bits, and everything about time, memory
 and races. Programs run one after another.
@@ -17,7 +18,9 @@ and races. Programs run one after another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -158,6 +161,15 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.itemsize if tensor.numel() else start
 
 
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among a kernel's arguments; those that belong together may come in a tuple."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from _tensors(arg)
+
+
 def _check(pointers: Handle, mask: NDArray[Any], what: str) -> None:
     """IndexError where an active address lies in no tensor that the kernel was given."""
     width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -191,10 +203,54 @@ def _store(original: Callable[..., None]) -> Callable[..., None]:
 
 def _launch(original: Callable[..., None]) -> Callable[..., None]:
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
-        _EXTENTS[:] = [_extent(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        _EXTENTS[:] = [_extent(t) for t in _tensors((*args, *kwargs.values()))]
         original(self, *args, **kwargs)
 
     return call
+
+
+class _Kept:
+    """A replacement of Triton's language that stays: this process interprets, and compiles nothing."""
+
+    def restore(self) -> None:
+        pass
+
+
+def _once(original: Callable[[Any], Any]) -> Callable[[Any], _Kept]:
+    done: list[Any] = []
+
+    def patch_lang(fn: Any) -> _Kept:
+        if not done:
+            done.append(original(SimpleNamespace(__globals__={"tl": tl, "core": tl.core})))
+        return _Kept()
+
+    return patch_lang
+
+
+def _block_type(self: Any, element_ty: tl.dtype, shape: Sequence[Any]) -> None:
+    """As shipped, but for what it works out again for every value of a kernel."""
+    self.element_ty = element_ty
+    self.shape = tuple([s.value if isinstance(s, tl.constexpr) else s for s in shape])
+    if not self.shape:
+        raise TypeError("a block has at least one axis")
+    self.numel, self.name = _validated(self.shape), f"<{self.shape}, {element_ty}>"
+
+
+def _numpy(original: Callable[[tl.dtype], np.dtype[Any]]) -> Callable[[tl.dtype], np.dtype[Any]]:
+    known: dict[str, np.dtype[Any]] = {}
+
+    def get_np_dtype(dtype: tl.dtype) -> np.dtype[Any]:
+        one = dtype.scalar
+        if one.name not in known:
+            known[one.name] = original(one)
+        return known[one.name]
+
+    return get_np_dtype
+
+
+@cache
+def _validated(shape: tuple[int, ...]) -> int:
+    return int(tl.core.validate_block_shape(shape))
 
 
 def install() -> None:
@@ -207,6 +263,8 @@ def install() -> None:
     if builder.create_dot is _dot:
         return
     interpreter._convert_float = _convert
+    interpreter._patch_lang = _once(interpreter._patch_lang)
+    interpreter._get_np_dtype = _numpy(interpreter._get_np_dtype)
     replaced: Sequence[tuple[type, str, Callable[..., Any]]] = (
         (builder, "binary_op", _binary(builder.binary_op)),
         (builder, "unary_op", _unary),
@@ -218,6 +276,7 @@ def install() -> None:
         (reduce, "sum", _sum),
         (reduce, "min_max", _min_max(reduce.min_max)),
         (executor, "__call__", _launch(executor.__call__)),
+        (tl.block_type, "__init__", _block_type),
     )
     for owner, name, ours in replaced:
         setattr(owner, name, ours)

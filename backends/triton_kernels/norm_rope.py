@@ -135,19 +135,28 @@ def norm_rope(
 
 
 @triton.jit
-def _hadamard(x, x_stride, out, rows, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRODUCT: tl.constexpr):
-    """Rows times the Sylvester matrix: entry (i, j) is -1 where i & j has an odd number of ones."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+def hadamard_rows(value, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows [ROWS, BLOCK], zero beyond column D, times the Sylvester matrix over sqrt(D) -> float32, likewise.
+
+    Entry (i, j) of the matrix is -1 where i & j has an odd number of ones.
+    """
     column = tl.arange(0, BLOCK)
-    value = tl.load(x + row * x_stride + column[None], mask=(row < rows) & (column[None] < D), other=0.0)
     odd = column[:, None] & column[None]
     odd = odd ^ (odd >> 8)
     odd = odd ^ (odd >> 4)
     odd = odd ^ (odd >> 2)
     odd = (odd ^ (odd >> 1)) & 1
-    sign = (1.0 - 2.0 * odd.to(tl.float32)).to(PRODUCT)
-    turned = tl.dot(value.to(PRODUCT), sign, input_precision="ieee") * (1.0 / tl.sqrt_rn(D + 0.0))
-    tl.store(out + row * D + column[None], turned.to(out.dtype.element_ty), mask=(row < rows) & (column[None] < D))
+    sign = (1.0 - 2.0 * odd.to(tl.float32)).to(value.dtype)
+    return tl.dot(value, sign, input_precision="ieee") * (1.0 / tl.sqrt_rn(D + 0.0))
+
+
+@triton.jit
+def _hadamard(x, x_stride, out, rows, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None]
+    there = (row < rows) & (column < D)
+    turned = hadamard_rows(tl.load(x + row * x_stride + column, mask=there, other=0.0), D, BLOCK)
+    tl.store(out + row * D + column, turned.to(out.dtype.element_ty), mask=there)
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -164,7 +173,6 @@ def hadamard(x: Tensor) -> Tensor:
         D=width,
         ROWS=16,
         BLOCK=max(16, width),
-        PRODUCT=DTYPES[x.dtype],
         num_warps=4,
     )
     return out

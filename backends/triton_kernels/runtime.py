@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
 
     options  constants of the kernel; and num_warps, num_stages, which only a compiler reads
     """
+    for tell in _WATCHING:
+        tell(f"{kernel.__name__}{tuple(grid)}({', '.join(map(_told, args))}; {options})")
     if not all(grid):
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
@@ -36,6 +38,28 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[tuple(grid)](*args, **options)
+
+
+_WATCHING: list[Callable[[str], None]] = []
+
+
+@contextmanager
+def watching(tell: Callable[[str], None]) -> Iterator[None]:
+    """Tells of every launch: kernel, grid, shapes and dtypes of tensors, and the numbers that a captured launch would
+    keep."""
+    _WATCHING.append(tell)
+    try:
+        yield
+    finally:
+        _WATCHING.remove(tell)
+
+
+def _told(argument: Any) -> str:
+    if isinstance(argument, Tensor):
+        return f"{str(argument.dtype).removeprefix('torch.')}{list(argument.shape)}"
+    if isinstance(argument, tuple):
+        return f"({', '.join(map(_told, argument))})"
+    return str(argument)
 
 
 def power_of_two(n: int) -> int:

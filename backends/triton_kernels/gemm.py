@@ -1,0 +1,371 @@
+"""Matrix products over stored formats: one kernel for one matrix, one per group of channels, or one per expert.
+
+Codes become operands of the matrix units without a rounding, and sums are float32. Where scales go hangs on how many
+columns of K share one:
+  block  128 columns, of a weight or of activations: the product of these columns is scaled, and added in float32;
+         "tile" where all rows of a weight's tile have one scale
+  row    all columns: the sum is scaled, at its end
+  fold   fewer, powers of two: the operand is scaled, which bfloat16 and float32 hold exactly
+  mx     the same, left to matrix units that take such scales
+A row's sum runs over K in steps of a fixed size: it does not hang on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4_hal.backends.triton_kernels.quantize import as_bytes, code_bytes, decode, decoded, stacked, stored_scale
+from dsv4_hal.backends.triton_kernels.runtime import DTYPES, launch, power_of_two
+from dsv4_hal.formats import FORMATS, QTensor
+
+ACTIVATION = FORMATS["e4m3_1x128"]  # the one quantised format that x is multiplied in as it is
+BAND = tl.constexpr(8)  # row tiles that are worked through together, so that tiles of a weight are found in the cache
+
+
+@triton.jit
+def tile_of(TILES_N: tl.constexpr):
+    """Tile of this program -> (row tile, column tile): bands of row tiles, in a band column by column."""
+    program, tiles = tl.program_id(0), tl.num_programs(0) // TILES_N
+    first = program // (BAND * TILES_N) * BAND
+    height = tl.minimum(tiles - first, BAND)
+    within = program % (BAND * TILES_N)
+    return first + within % height, within // height
+
+
+@triton.jit
+def rows_of(tile, offsets, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BM: tl.constexpr):
+    """Row tile -> (its expert, its first row, the row behind the expert's last), int64; expert EXPERTS: no such tile.
+
+    Experts have as many tiles as their rows fill, one after the other.
+    """
+    expert = tl.arange(0, BLOCK_E)
+    there = expert < EXPERTS
+    start = tl.load(offsets + expert, mask=there, other=0)
+    count = tl.load(offsets + expert + 1, mask=there, other=0) - start
+    tiles = ((count + BM - 1) // BM).to(tl.int32)
+    found = tl.sum((there & (tl.cumsum(tiles, 0) <= tile)).to(tl.int32), 0)
+    before = tl.sum(tl.where(expert < found, tiles, 0), 0)
+    mine = expert == found
+    first = tl.sum(tl.where(mine, start, 0), 0)
+    stop = first + tl.sum(tl.where(mine, count, 0), 0)
+    return found.to(tl.int64), first + (tile - before) * BM, stop
+
+
+@triton.jit
+def operand(code, ELEMENT: tl.constexpr, OPERAND: tl.constexpr, FP8: tl.constexpr):
+    """Codes as loaded -> what matrix units multiply, exactly."""
+    if ELEMENT == "plain":
+        return code.to(OPERAND)
+    if ELEMENT == "e4m3" and FP8:
+        return code.to(tl.float8e4nv, bitcast=True).to(OPERAND)
+    return decoded(code, ELEMENT).to(OPERAND)
+
+
+@triton.jit
+def folded(
+    w,
+    w_scale,
+    inside,
+    start,
+    K: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OPERAND: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Values of a weight's tile, scale included, rounded to OPERAND: w, w_scale point to the start of BN rows."""
+    part: tl.constexpr = BLOCK_K if BLOCK_K > 0 and BLOCK_K < BK else BK
+    k = start + tl.arange(0, BK // part) * part
+    scale = tl.load(
+        w_scale[:, None] + (k // BLOCK_K if BLOCK_K > 0 else k * 0)[None], mask=inside[:, None] & (k < K)[None], other=0
+    )
+    byte = (k // PACK)[None, :, None] + tl.arange(0, part // PACK)[None, None]
+    code = tl.load(w[:, None, None] + byte, mask=inside[:, None, None] & (byte < K // PACK), other=0)
+    value = decoded(code, ELEMENT) * stored_scale(scale)[:, :, None]
+    return tl.reshape(value.to(OPERAND), (BN, BK))
+
+
+@triton.jit
+def product(
+    x,
+    x_scale,
+    there,
+    w,
+    w_stride,
+    w_scale,
+    w_scale_stride,
+    first,
+    inside,
+    K: tl.constexpr,
+    X: tl.constexpr,
+    W: tl.constexpr,
+    PACK: tl.constexpr,
+    SCALES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OPERAND: tl.constexpr,
+    FP8: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Rows of x times rows first .. first + BN - 1 of w -> [BM, BN] float32.
+
+    x, x_scale     pointers to the start of BM rows and of their scales; `there` says which of the rows exist
+    w, w_scale     pointers to matrices; `inside` says which of the BN rows exist
+    X, W           elements: "plain", or the code; PACK codes of w in a byte
+    SCALES         of w: "none", "tile" (block, and one for all BN rows), "block", "row", "fold", "mx": see above
+    BLOCK_N, _K    rows and columns of w that share a scale; 0: all
+    """
+    row = (first + tl.arange(0, BN)).to(tl.int64)
+    w += row * w_stride
+    w_scale += (first // BLOCK_N if SCALES == "tile" else row // BLOCK_N) * w_scale_stride
+    acc = tl.zeros((BM, BN), tl.float32)
+    k = tl.arange(0, BK)
+    byte = tl.arange(0, BK // PACK)
+    for start in range(0, K, BK):
+        left = tl.load(x[:, None] + (start + k)[None], mask=there[:, None] & (start + k < K)[None], other=0)
+        if SCALES == "fold":
+            right = folded(w, w_scale, inside, start, K, W, PACK, BLOCK_K, OPERAND, BN, BK)
+        else:
+            at = start // PACK + byte
+            right = tl.load(w[:, None] + at[None], mask=inside[:, None] & (at < K // PACK)[None], other=0)
+        if SCALES == "mx":
+            part = start + tl.arange(0, BK // 32) * 32
+            within = (part < K)[None]
+            left_scale = tl.load(x_scale[:, None] + (part // 128)[None], mask=there[:, None] & within, other=0)
+            right_scale = tl.load(w_scale[:, None] + (part // 32)[None], mask=inside[:, None] & within, other=0)
+            acc = tl.dot_scaled(left, left_scale, "e4m3", tl.trans(right), right_scale, W, acc)
+        else:
+            left = operand(left, X, OPERAND, FP8)
+            if SCALES != "fold":
+                right = operand(right, W, OPERAND, FP8)
+            if X == "plain" and SCALES != "tile" and SCALES != "block":
+                acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
+            else:
+                part = tl.dot(left, tl.trans(right), input_precision="ieee")
+                scale = tl.full((BM,), 1.0, tl.float32)
+                if X != "plain":
+                    scale = stored_scale(tl.load(x_scale + start // 128, mask=there, other=0))
+                if SCALES == "tile":
+                    scale *= stored_scale(tl.load(w_scale + start // BLOCK_K))
+                elif SCALES == "block":
+                    part *= stored_scale(tl.load(w_scale + start // BLOCK_K, mask=inside, other=0))[None]
+                acc += part * scale[:, None]
+    if SCALES == "row":
+        acc *= stored_scale(tl.load(w_scale, mask=inside, other=0))[None]
+    return acc
+
+
+@triton.jit
+def _matmul(
+    x,
+    x_batch,
+    x_stride,
+    x_scale,
+    x_scale_batch,
+    x_scale_stride,
+    w,
+    w_batch,
+    w_stride,
+    w_scale,
+    w_scale_batch,
+    w_scale_stride,
+    out,
+    out_batch,
+    out_stride,
+    offsets,
+    rows,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    X: tl.constexpr,
+    W: tl.constexpr,
+    PACK: tl.constexpr,
+    SCALES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OPERAND: tl.constexpr,
+    FP8: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Matrix `batch` of x times that of w; or, with EXPERTS, rows of every expert times its own matrix."""
+    tile, across = tile_of(tl.cdiv(N, BN))
+    batch = tl.program_id(1).to(tl.int64)
+    begin, stop, matrix = tile.to(tl.int64) * BM, rows, batch
+    if EXPERTS > 0:
+        matrix, begin, stop = rows_of(tile, offsets, EXPERTS, BLOCK_E, BM)
+        if matrix >= EXPERTS:
+            return
+    row, first = begin + tl.arange(0, BM), across * BN
+    column = first + tl.arange(0, BN)
+    there, inside = row < stop, column < N
+    acc = product(
+        x + batch * x_batch + row * x_stride,
+        x_scale + batch * x_scale_batch + row * x_scale_stride,
+        there,
+        w + matrix * w_batch,
+        w_stride,
+        w_scale + matrix * w_scale_batch,
+        w_scale_stride,
+        first,
+        inside,
+        K,
+        X,
+        W,
+        PACK,
+        SCALES,
+        BLOCK_N,
+        BLOCK_K,
+        OPERAND,
+        FP8,
+        BM,
+        BN,
+        BK,
+    )
+    target = out + batch * out_batch + row[:, None] * out_stride + column[None]
+    tl.store(target, acc.to(out.dtype.element_ty), mask=there[:, None] & inside[None])
+
+
+@dataclass(frozen=True)
+class Units:
+    """Matrix units of a device.
+
+    fp8, scaled  whether they multiply float8, and take block scales
+    tiles        constants by kind of operand: "plain" (two bytes), "float8", "widened" (codes to two bytes), "scaled",
+                 "float32": BM, BN, BK, num_warps, num_stages. BK divides 128, or is it
+    """
+
+    fp8: bool
+    scaled: bool
+    tiles: Mapping[str, Mapping[str, int]]
+
+
+def accepted(x: Tensor | QTensor) -> Tensor | QTensor:
+    """x as kernels take it: plain, or codes and scales of ACTIVATION; other formats become float32, exactly."""
+    if isinstance(x, Tensor) or x.format == ACTIVATION:
+        return x
+    return x.data if x.format.plain else decode(x, torch.float32)
+
+
+def constants(
+    x: Tensor | QTensor, w: QTensor, out_dtype: torch.dtype, units: Units, fold: bool = False, parts: int = 1
+) -> dict[str, Any]:
+    """Constants of a kernel for x, as `accepted`, in front of w: formats, operands, and tiles.
+
+    fold   the weight is dequantised and rounded to x's dtype, and that is multiplied
+    parts  what w's rows are cut into: tiles begin with each
+    """
+    fmt, plain_x = w.format, x.dtype if isinstance(x, Tensor) else None
+    block_n, block_k = fmt.block or (1, 0)
+    if fmt.plain:
+        scales = "none"
+    elif fold or 0 < block_k < 128:
+        scales = "fold"
+    else:
+        scales = "block" if block_k else "row"
+    if fold:
+        wide = plain_x
+    elif fmt.plain:
+        wide = fmt.storage if plain_x in (None, fmt.storage) else torch.float32
+    elif scales == "fold" and plain_x == torch.float16:
+        wide = torch.float32  # the scales of a weight may be beyond float16
+    else:
+        wide = plain_x or torch.bfloat16
+    operand = DTYPES[wide]
+    if wide == torch.float32:
+        kind = "float32"
+    elif plain_x is not None and fmt.plain:
+        kind = "plain"
+    elif plain_x is None and scales == "fold" and block_k == 32 and units.scaled:
+        kind, scales = "scaled", "mx"
+    elif (
+        plain_x is None
+        and scales in ("block", "row")
+        and fmt.element == "e4m3"
+        and units.fp8
+        and out_dtype.itemsize < 4
+    ):
+        # Hopper sums products of float8 in fewer bits than float32: too few for a result that is not rounded further
+        kind, operand = "float8", tl.float8e4nv
+    else:
+        kind = "widened"
+    tile, height = units.tiles[kind], w.shape[-2] // parts
+    if scales == "block" and block_n % tile["BN"] == 0 and (parts == 1 or height % block_n == 0):
+        scales = "tile"
+    return {
+        "N": height,
+        "K": w.shape[-1],
+        "X": "plain" if plain_x else ACTIVATION.element,
+        "W": "plain" if fmt.plain else fmt.element,
+        "PACK": fmt.pack,
+        "SCALES": scales,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "OPERAND": operand,
+        "FP8": units.fp8,
+        **tile,
+    }
+
+
+def strided(q: Tensor | QTensor) -> tuple[Any, ...]:
+    """Arguments of a kernel for rows [T, K], one or many matrices of them [B, T, K], or their codes and scales: tensor,
+    stride of matrices, stride of rows; of codes, then of scales. Plain values have their own in place of scales."""
+    data = stacked(q if isinstance(q, Tensor) else code_bytes(q.data, q.format))
+    scale = data if isinstance(q, Tensor) or q.scale is None else stacked(as_bytes(q.scale))
+    return data, data.stride(0), data.stride(1), scale, scale.stride(0), scale.stride(1)
+
+
+def row_tiles(rows: int, experts: int, size: int) -> int:
+    """How many row tiles `rows` fill at most, where each of `experts` begins its own."""
+    return (rows + min(rows, experts) * (size - 1)) // size
+
+
+def matmul(
+    x: Tensor | QTensor,
+    w: QTensor,
+    out: Tensor,
+    units: Units,
+    offsets: Tensor | None = None,
+    fold: bool = False,
+) -> Tensor:
+    """x times w transposed -> out, rounded once from float32 sums; out's columns lie side by side.
+
+    x [T, K], w [N, K], out [T, N]; or for every g x [T, G, K], w [G, N, K], out [T, G, N].
+    offsets  [E + 1] int64 on the device: x [M, K] holds rows of expert e of w [E, N, K] at offsets[e] .. offsets[e + 1]
+    fold     as in `constants`
+    """
+    x = accepted(x)
+    chosen = constants(x, w, out.dtype, units, fold)
+    experts = 0 if offsets is None else w.shape[0]
+    target = out.transpose(0, 1) if out.dim() == 3 else out[None]
+    rows = target.shape[1]
+    tiles = row_tiles(rows, experts or 1, chosen["BM"])
+    left = strided(x.transpose(0, 1) if isinstance(x, Tensor) and x.dim() == 3 else x)
+    launch(
+        _matmul,
+        (tiles * triton.cdiv(chosen["N"], chosen["BN"]), 1 if experts else len(target)),
+        *left,
+        *strided(w if w.scale is not None else w.data),
+        target,
+        target.stride(0),
+        target.stride(1),
+        target if offsets is None else offsets,
+        rows,
+        EXPERTS=experts,
+        BLOCK_E=max(16, power_of_two(experts)),
+        **chosen,
+    )
+    return out
