@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dsv4_hal.backend import Facts
 from dsv4_hal.backends.cuda import Cuda
+from dsv4_hal.backends.cuda.autograd import BACKWARD
 from dsv4_hal.backends.null import Null
 from dsv4_hal.backends.triton_kernels.ahead import Compiled
 from dsv4_hal.batch import Batch
@@ -84,9 +85,10 @@ class Call:
 
 
 def calls(model: str, mode: str, compiled: list[Compiled], steps: Iterable[str] = (*STEPS, "alone")) -> list[Call]:
-    """What a preset calls of the backend in `steps` of STEPS, and "alone": what no step calls.
+    """What a preset calls of the backend in `steps` of STEPS, and in "alone": what no step calls.
 
-    `compiled` is the list of `ahead.compile_only`. The architecture is the one that is assumed (`devices.ASSUME`).
+    compiled  the list of `ahead.compile_only`
+    The architecture is the one that is assumed (`devices.ASSUME`).
     """
     cfg, numerics = preset(model), numerics_for(mode)
     ops, watch = watched(Cuda(numerics, "meta"), vars(cfg), compiled)
@@ -156,9 +158,22 @@ class Watch:
         before = len(self.compiled)
         try:
             getattr(self.cuda, call.op)(*args, **kwargs)
+            if self.step == "alone" and call.op in BACKWARD:
+                self._differentiate(call)
         except Exception as error:  # compilers raise what they like; the other calls are made all the same
             call.error = f"{type(error).__name__}: {error}".strip()
         call.launches = self.compiled[before:]
+
+    def _differentiate(self, call: Call) -> None:
+        """Gradients of an op that has kernels for them."""
+        leaves = {
+            name: value.detach().requires_grad_()
+            for name, value in call.inputs.items()
+            if isinstance(value, Tensor) and name in OPS[call.op].grad
+        }
+        with torch.enable_grad():
+            made = getattr(self.cuda, call.op)(**call.inputs | leaves)
+        torch.autograd.grad(made, list(leaves.values()), torch.empty_like(made))
 
 
 def _kind(value: Any) -> Any:
@@ -186,6 +201,7 @@ def _run(model: Model, step: Step) -> None:
 def _run_alone(model: Model) -> None:
     """What no step calls."""
     cfg, ops, tokens = model.cfg, model.ops, 64
+    shapes = Null(ops.numerics)
     batch = model.plan(Batch.packed([tokens], "meta"))
     x = torch.empty(tokens, cfg.hidden_size, dtype=ops.numerics.storage, device="meta")
     if model.mtp is not None:
@@ -194,7 +210,9 @@ def _run_alone(model: Model) -> None:
     for temperature, top_p in ((0.0, 1.0), (1.0, 1.0), (0.7, 0.95)):
         ops.sample(logits, temperature, top_p)
     for fmt in FORMATS.values():
-        ops.dequantize(ops.quantize(x, fmt), ops.numerics.storage)
+        if fmt.element == "e4m3":  # others wait for the device, to see whether they have codes for x
+            ops.quantize(x, fmt)
+        ops.dequantize(shapes.quantize(x, fmt), ops.numerics.storage)
     cache = _filled(model, [512, 256], 1)
     for ratio in (r for r in (0, 4, 128) if r in cfg.layer_ratios):
         layer = cache.layers[cfg.layer_ratios.index(ratio)]

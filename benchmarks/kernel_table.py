@@ -24,8 +24,8 @@ What a kernel takes is what the assembler says; times are bounds that follow fro
 never measurements.
 
 Figures of a kernel are the largest over its variants (constants, dtypes, alignments) in a decode step of 64 sequences,
-in a prefill of 4096 tokens, and in what no step calls; those of other steps are checked, and not shown. Shared memory is
-in bytes, tensor memory in columns; the heading of a column says how much of it a block may use.
+in a prefill of 4096 tokens, and in what no step calls; those of other steps are checked, and not shown. Shared memory
+is in bytes, tensor memory in columns; the heading of a column says how much of it a block may use.
 
 FLOPs and bytes are what an op must compute and move at least: each input read once, each result written once, and
 nothing between the parts of a composite. A bound is the larger of two times: FLOPs over the peak rate of the narrowest

@@ -49,7 +49,7 @@ MATRIX: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
 # Kernels whose products may be made of ordinary multiplications, and why.
 WITHOUT_MATRIX: Mapping[str, str] = MappingProxyType(
-    {"_hadamard": "mode exact stores float32, which only AMD's matrix units multiply exactly"}
+    {"norm_rope.hadamard": "mode exact stores float32, which only AMD's matrix units multiply exactly"}
 )
 
 

@@ -56,6 +56,7 @@ class Resources:
 class Compiled:
     """One launch, compiled.
 
+    kernel     its file and its name, as "gemm.matmul"
     key        hash of everything that machine code depends on: launches with equal keys run the same code
     constants  of the kernel, by name: those given, and integers that were 1
     types      of the other arguments, by name
@@ -94,7 +95,8 @@ def compile_only(target: str) -> Iterator[list[Compiled]]:
         constants = {names[at[0]]: str(value) for at, value in binary.src.constants.items()}
         types = {name: str(kind) for name, kind in binary.src.signature.items() if name not in constants}
         shape = meta.num_warps, meta.num_stages, tuple(grid)
-        compiled.append(Compiled(binary.name, target, binary.hash, constants, types, *shape, took, binary))
+        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__.lstrip('_')}"
+        compiled.append(Compiled(name, target, binary.hash, constants, types, *shape, took, binary))
 
     before, watched = driver._active, runtime.on_meta
     driver.set_active(_Driver(target))

@@ -52,26 +52,26 @@ def test_a_kernel_that_fits(compiled: dict[tuple[str, int], dict[str, Any]]) -> 
     assert wrong(hopper) == wrong(amd) == []
     assert (hopper["matrix"], amd["matrix"]) == (["wgmma bf16"], ["mfma bf16"])
     assert hopper["shared"] == 2 * 2 * (128 + 128) * 64  # two stages of two operands
-    assert (hopper["kernel"], hopper["warps"], hopper["grid"]) == ("product", 8, [2, 3])
+    assert (hopper["kernel"], hopper["warps"], hopper["grid"]) == ("__main__.product", 8, [2, 3])
     assert hopper["constants"] == {"M": "128", "N": "128", "K": "64"}
     assert hopper["types"] == {"a": "*bf16", "b": "*bf16", "c": "*fp32", "steps": "i32"}
 
 
 def test_too_much_shared_memory_is_found(compiled: dict[tuple[str, int], dict[str, Any]]) -> None:
     taken = compiled["sm_90", 1]["shared"]
-    assert f"product on sm_90: {taken} bytes of shared memory, of 232448" in wrong(compiled["sm_90", 1])
+    assert f"__main__.product on sm_90: {taken} bytes of shared memory, of 232448" in wrong(compiled["sm_90", 1])
     assert any("of shared memory, of 65536" in line for line in wrong(compiled["gfx942", 1]))
 
 
 def test_a_product_without_matrix_instructions_is_found(compiled: dict[tuple[str, int], dict[str, Any]]) -> None:
-    assert wrong(compiled["sm_90", 2]) == ["product on sm_90: has matrix products and no matrix instruction"]
+    assert wrong(compiled["sm_90", 2]) == ["__main__.product on sm_90: has matrix products and no matrix instruction"]
     assert compiled["gfx942", 2]["matrix"] == ["mfma f32"]
 
 
 def test_spills_are_found(compiled: dict[tuple[str, int], dict[str, Any]]) -> None:
     spilled = compiled["sm_90", 3]["spilled"]
     assert spilled > 0
-    assert wrong(compiled["sm_90", 3]) == [f"crowded on sm_90: spills {spilled} bytes, allowed are 0"]
+    assert wrong(compiled["sm_90", 3]) == [f"__main__.crowded on sm_90: spills {spilled} bytes, allowed are 0"]
 
 
 def test_nothing_runs_or_compiles_unasked() -> None:
