@@ -107,8 +107,12 @@ FAULTS = {
 }
 
 
+# One of every part, and of both modes; all with `make full`.
+QUICK = ("limit_lost", "sinkhorn_short", "one_base_for_all", "state_not_carried", "head_scale_forgotten")
+
+
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [f if f in QUICK else pytest.param(f, marks=pytest.mark.full) for f in FAULTS])
 def test_a_fault_is_found_where_it_is(tiny_dir: Path, install: Install, fault: str) -> None:
     place, op, mode = FAULTS[fault]
     install(
