@@ -75,7 +75,7 @@ def bisect(
 
 def _show(found: Bisected) -> None:
     """The ops of the part, and the first wrong one."""
-    from dsv4_hal.conformance.report import share
+    from dsv4_hal.conformance.cells import share
 
     console, head = common.console(), found.compared.head
     backend = head["backends"][0]

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dsv4_hal.cli import common
 from dsv4_hal.cli.conform import conclude, known_mode, progress
+from dsv4_hal.registry import FALLBACK
 
 if TYPE_CHECKING:
     from dsv4_hal.conformance.model_compare import Compared, Tell
@@ -59,12 +60,14 @@ def compare(
     Exit codes: 0 agrees, 1 disagrees, 2 usage or a bundle that cannot be read, 3 backend unavailable, 4 a waiver is
     stale.
     """
+    from dsv4_hal.conformance import saved
+
     options = (mode, tokens, prompt, decode, chunk, seed)
     if against is not None:
         if backends is not None or any(option is not None for option in options):
             raise ValueError("--against BUNDLE says what was run: it goes with --model, --backend and --out only")
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)  # what can be wrong is found before anything runs
+            saved.folder(out, saved.OPS_FILE if model is None else saved.MODEL_FILE)
         if model is None:
             _recorded_cases(against, backend, out)
         else:
@@ -79,7 +82,7 @@ def compare(
     names = backend_names(backends)
     plan = script(model, tokens, prompt, decode, chunk, seed)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        saved.folder(out, saved.MODEL_FILE)
     with telling() as tell:
         found = live(model, names, known_mode(mode) or "deployed", plan, tell)
     conclude_model(found, out)
@@ -131,6 +134,7 @@ def _lengths(text: str) -> list[int]:
 
 
 def _recorded_cases(against: Path, backend: str, out: Path | None) -> None:
+    from dsv4_hal.conformance.answers import LIVE
     from dsv4_hal.conformance.bundle import read_bundle
     from dsv4_hal.conformance.report import Run
     from dsv4_hal.conformance.runner import judge
@@ -147,7 +151,8 @@ def _recorded_cases(against: Path, backend: str, out: Path | None) -> None:
     versions = {**where["program"], **where["machine"], "torch": where["packages"].get("torch", "unknown")}
     told = ", ".join(f"{key} {versions[key]}" for key in ("dsv4-hal", "torch", "python", "system"))
     common.notes.print(escape(f"recorded with {told}"))
-    conclude(Run(bundle.backend, outcomes, bundle.about, bundle.waivers, bundle.extent), out)
+    unasked = LIVE if bundle.backend == FALLBACK else ()
+    conclude(Run(bundle.backend, outcomes, bundle.about, bundle.waivers, bundle.extent, unasked), out)
 
 
 def _recorded_model(against: Path, model: str, backend: str, out: Path | None) -> None:

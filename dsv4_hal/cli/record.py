@@ -55,6 +55,7 @@ def record(
 def _cases(out: Path, backend: str, work: list[Job], size: str, limit: float) -> str:
     from dsv4_hal.conformance import runner
     from dsv4_hal.conformance.bundle import write_bundle
+    from dsv4_hal.conformance.text import counted
     from dsv4_hal.conformance.waivers import read_waivers
 
     made = []
@@ -67,7 +68,7 @@ def _cases(out: Path, backend: str, work: list[Job], size: str, limit: float) ->
                 advance()
     write_bundle(out, backend, worker.about, made, waivers, extent)
     lost = sum(produced.results is None for _, produced in made)
-    return f"{len(made)} cases of {backend}, {lost} without results; {extent}"
+    return f"{counted(len(made), 'case')} of {backend}, {lost} without results; {extent}"
 
 
 def _model(out: Path, backend: str, model: str, mode: str, plan: Script, ops: bool) -> str:

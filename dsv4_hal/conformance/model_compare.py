@@ -18,6 +18,7 @@ from dsv4_hal.conformance import drift, model_run
 from dsv4_hal.conformance.drift import GOOD, Call, Part, Picks, Row
 from dsv4_hal.conformance.model_run import PROGRESS, ModelRun
 from dsv4_hal.conformance.replay import Script
+from dsv4_hal.conformance.text import counted
 from dsv4_hal.registry import FALLBACK
 
 Tell = Callable[[str], PROGRESS]
@@ -204,7 +205,7 @@ def headline(compared: Compared) -> Iterator[str]:
         shares = [row.of_budget for row in judged if row.of_budget is not None]
         free = next((row for row in mine if isinstance(row, drift.Free) and row.top1 is not None), None)
         text = (
-            f"{backend} against {base}: {own} native op{'' if own == 1 else 's'}; {len(judged)} parts, {len(bad)} wrong"
+            f"{backend} against {base}: {counted(own, 'native op')}; {counted(len(judged), 'part')}, {len(bad)} wrong"
         )
         if shares:
             text += f", worst at {max(shares):.2f} of its budget"

@@ -33,6 +33,7 @@ from dsv4_hal.conformance.compare import budgets as budgets_of
 from dsv4_hal.conformance.guard import Misconduct, watch
 from dsv4_hal.conformance.named import named
 from dsv4_hal.conformance.oracle import Naive
+from dsv4_hal.conformance.text import counted
 from dsv4_hal.conformance.transport import Packed, pack, unpack
 from dsv4_hal.dispatch import Resolved, resolve, select
 from dsv4_hal.environment import Environment, environment
@@ -48,6 +49,8 @@ STARTING = 600.0  # seconds a backend may take to be made
 LIMIT = 60.0  # seconds a case may take
 AHEAD = 8  # cases that the process may be ahead of who judges
 PASSED = ("agrees", "shapes")  # verdicts that are no failure; "shapes": no values to compare, and no agreement claimed
+LOST = ("error", "timeout", "crash")  # verdicts without a result
+VERDICTS = (*PASSED, "disagrees", "misconduct", *LOST)
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,14 @@ class About:
     profiles     numeric profile of each mode
     environment  versions, machine and devices where it runs
     affords      the largest size class that it gets through
+    refused      op -> why its own code is not used: the backend's `supports` refused it, or failed
     """
 
     waivers: str
     profiles: Mapping[str, Mapping[str, Any]]
     environment: Environment
     affords: str = SIZES[-1]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,11 +133,13 @@ class Extent:
     size     the largest class that was asked for
     affords  the largest one that the backend affords
     beyond   how many cases were asked for and are left out, because the backend does not afford them
+    seed     of cases that were drawn, within the bounds of these classes; None: the contract's were run
     """
 
     size: str = SIZES[-1]
     affords: str = SIZES[-1]
     beyond: int = 0
+    seed: int | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -141,9 +148,11 @@ class Extent:
 
     def __str__(self) -> str:
         ran = f"size classes {', '.join(self.classes)}"
+        if self.seed is not None:
+            return f"drawn with seed {self.seed}, as for {ran}"
         if not self.beyond:
             return ran
-        return f"{ran}; {self.beyond} larger cases not run, since the backend affords {self.affords} at most"
+        return f"{ran}; {counted(self.beyond, 'larger case')} not run, since the backend affords {self.affords} at most"
 
 
 WHOLE = Extent()  # nothing is left out
@@ -307,10 +316,12 @@ def _work(there: Connection, backend: str, modes: Sequence[str]) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the process that judges needs the other half
     try:
         cls = backend_class(backend)
-        profiles = {}
+        profiles, refused = {}, dict[str, str]()
         for mode in modes:
             select([backend], profile(mode))
-            profiles[mode] = _candidate(cls, mode).numerics.to_dict()
+            ops = _candidate(cls, mode)
+            profiles[mode] = ops.numerics.to_dict()
+            refused |= _refused(cls, ops)
         if GRAD in modes and not cls.differentiable:
             raise BackendError(f"backend {backend} has no gradients: it says of itself that it is for inference only")
         if cls.affords not in SIZES:
@@ -319,7 +330,7 @@ def _work(there: Connection, backend: str, modes: Sequence[str]) -> None:
         there.send(str(error))
         return
     waivers = Path(inspect.getfile(cls)).parent / "waivers.yaml"
-    there.send(About(str(waivers), profiles, environment([backend]), cls.affords))
+    there.send(About(str(waivers), profiles, environment([backend]), cls.affords, refused))
     with torch.inference_mode(), contextlib.suppress(EOFError):
         while True:
             there.send(produce(cls, there.recv()))
@@ -355,6 +366,16 @@ def _candidate(cls: type[Backend], mode: str) -> Resolved:
         watch(ops)
         _CANDIDATES[cls, mode] = ops
     return _CANDIDATES[cls, mode]
+
+
+def _refused(cls: type[Backend], ops: Resolved) -> dict[str, str]:
+    """Ops of a backend's own that are not used, and why."""
+    return {
+        r.op: reason
+        for r in ops.resolutions
+        for name, reason in r.rejected
+        if name == cls.name and cls.origin(r.op).kind == "native"
+    }
 
 
 @dataclass(frozen=True)
@@ -402,8 +423,18 @@ def produce(cls: type[Backend], job: Job) -> Produced:
 
 @torch.inference_mode()
 def judge(backend: str, job: Job, made: Produced) -> Outcome:
-    """What a backend made of a case, compared with the reference; the reference's with the naive oracle."""
+    """What a backend made of a case, compared with the reference; the reference's with its oracles. Where that fails,
+    the case is an error, and what became of the others is not lost."""
+    try:
+        return _judged(backend, job, made)
+    except Exception as error:
+        told = f"it cannot be judged: {_described(error)}"
+        return Outcome(
+            backend, job.op, job.case, job.mode, made.runs_as, "error", told, seconds=made.seconds, size=job.size
+        )
 
+
+def _judged(backend: str, job: Job, made: Produced) -> Outcome:
     def outcome(verdict: str, message: str = "", **found: Any) -> Outcome:
         return Outcome(
             backend,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dsv4_hal.backend import BackendError
 from dsv4_hal.backends.reference import Reference
+from dsv4_hal.conformance import runner
 from dsv4_hal.conformance.guard import Misconduct, watch
-from dsv4_hal.conformance.runner import Job, Outcome, Worker, conform, jobs, run
+from dsv4_hal.conformance.runner import Job, Outcome, Worker, conform, jobs, judge, produce, run
 from dsv4_hal.dispatch import resolve
 from dsv4_hal.numerics import exact
 from dsv4_hal.ops import OPS, SIZES
@@ -60,6 +61,13 @@ class Evil(Reference):
     def hc_head(self, *args):
         return super().hc_head(*args)[:-1]
 
+    def hc_pre(self, *args):
+        return super().hc_pre(*args)[:2] + (None,)
+
+    def block_diagonal_linear(self, *args):
+        y = super().block_diagonal_linear(*args)
+        return y[:1].expand(y.shape)
+
     def sparse_attention(self, q, kv, sink, scale, batch, *args, **kwargs):
         y = super().sparse_attention(q, kv, sink, scale, batch, *args, **kwargs)
         batch.positions.zero_()
@@ -71,7 +79,10 @@ class Evil(Reference):
         return super().quantize(x, fmt)
 """
 EXPECTED = {
-    "hadamard": ("disagrees", "nmse inf"),
+    "hadamard": (
+        "disagrees",
+        "2560 of 2560 elements are NaN or infinite where the reference is not, or the reverse, the first at 0: nan",
+    ),
     "rms_norm": ("disagrees", "dtype torch.float64, expected"),
     "rope": ("misconduct", "rope changed its input x"),
     "swiglu": ("misconduct", "swiglu wrote outside of out"),
@@ -80,6 +91,8 @@ EXPECTED = {
     "permute": ("error", "ZeroDivisionError: no experts"),
     "hc_post": ("disagrees", "on meta, expected cpu"),
     "hc_head": ("disagrees", "shape"),
+    "hc_pre": ("error", "comb: returned None, expected a tensor"),
+    "block_diagonal_linear": ("disagrees", "y: strides (0, "),
     "sparse_attention": ("misconduct", "sparse_attention changed its input batch"),
     "quantize": ("agrees", ""),
     "linear": ("agrees", ""),
@@ -99,6 +112,41 @@ def test_everything_is_reported_as_what_it_is(package: Package) -> None:
     for op, (verdict, message) in EXPECTED.items():
         assert (outcomes[op].verdict, outcomes[op].case) == (verdict, next(j.case for j in work if j.op == op))
         assert message in outcomes[op].message, op
+
+
+def test_what_cannot_be_judged_is_an_error_of_that_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(job: Job, got: object) -> None:
+        raise RuntimeError("out of memory")
+
+    (job,) = jobs(["hadamard"], "tokens=5", ["exact"])
+    made = produce(Reference, job)
+    monkeypatch.setattr(runner, "_of_reference", broken)
+    outcome = judge("reference", job, made)
+    assert (outcome.verdict, outcome.size) == ("error", job.size)
+    assert outcome.message == "it cannot be judged: RuntimeError: out of memory"
+
+
+REFUSING = """
+from dsv4_hal.backend import Verdict
+from dsv4_hal.backends.reference import Reference
+
+class Refusing(Reference):
+    name = "refusing"
+
+    def supports(self, op, facts):
+        if op in ("hadamard", "rope"):
+            return Verdict(False, "no such unit")
+        return super().supports(op, facts)
+
+    def hadamard(self, x):
+        return super().hadamard(x)
+"""
+
+
+def test_a_backend_says_which_of_its_own_ops_it_refuses(package: Package) -> None:
+    package("refusing", REFUSING, "Refusing")
+    with Worker("refusing", ["exact"]) as worker:
+        assert worker.about.refused == {"hadamard": "no such unit"}  # rope is not its own
 
 
 def test_a_backend_that_cannot_be_used(package: Package) -> None:
