@@ -40,8 +40,8 @@ class Waiver:
 
 
 def read_waivers(path: Path) -> list[Waiver]:
-    """The waivers in a file; none where there is none. ValueError names the file and the entry that is wrong."""
-    if not path.exists():
+    """The waivers in a file; none where there is none, or no path (""). ValueError names file and entry."""
+    if not path.name or not path.exists():
         return []
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
