@@ -214,7 +214,9 @@ def load(
             told = time.monotonic()
             alive()
 
-    return Model(cfg, ops, load_weights(path, cfg, place=repack, device=ops.device, progress=progress))
+    weights = load_weights(path, cfg, place=repack, device=ops.device, progress=progress)
+    with _blaming(backend):
+        return Model(cfg, ops, weights)
 
 
 def _check_usable(report: PROGRESS, directory: str, backend: str, mode: str) -> None:
