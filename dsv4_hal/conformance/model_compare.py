@@ -22,6 +22,7 @@ from dsv4_hal.registry import FALLBACK, registered
 
 Tell = Callable[[str], PROGRESS]
 """Told what begins; returns what is called with its progress."""
+LOST = "process"  # in place of a part, where a backend failed on the way
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class _Runs:
 
 
 def _lost(backend: str, error: BackendError) -> Part:
-    return Part(backend, None, None, "process", verdict="error", message=str(error))
+    return Part(backend, None, None, LOST, verdict="error", message=str(error))
 
 
 def _head(
@@ -229,6 +230,9 @@ def headline(compared: Compared) -> Iterator[str]:
     for backend in compared.head["backends"]:
         mine = [row for row in compared.rows if row.backend == backend]
         judged = [row for row in mine if isinstance(row, Part)]
+        if lost := next((row for row in judged if row.part == LOST), None):
+            yield f"{backend} against {base}: not compared: {lost.message}"
+            continue
         bad = [row for row in mine if row.verdict not in GOOD]
         own = sum(kind == "native" for kind in compared.head["ops"].get(backend, {}).values())
         shares = [row.of_budget for row in judged if row.of_budget is not None]

@@ -45,9 +45,9 @@ def test_a_bundle_is_compared_and_bisected(tool: Tool, tiny_dir: Path, tmp_path:
     done = tool("bisect", "--against", bundle, "--model", tiny_dir)
     assert done.code == 1
     assert "first wrong op: moe_experts > swiglu in layers.0.ffn, step 0: nmse" in done.out
-    table = {row.split()[1]: row.split()[-2] for row in done.out.splitlines() if row.startswith("│")}
-    assert (table["route"], table["swiglu"], table["unpermute"]) == ("agrees", "wrong", "follows")
-    assert done.out.count(" wrong ") == 1
+    table = [(row.split()[1], row.split()[-2]) for row in done.out.splitlines() if row.startswith("│")]
+    assert ("route", "agrees") in table and ("unpermute", "follows") in table
+    assert [op for op, verdict in table if verdict == "wrong"] == ["swiglu"]
     assert "alone: dsv4-hal conform --backend third -o swiglu" in done.out
     done = tool("compare", "--against", bundle)
     assert done.code == 2 and "holds a whole model: add --model DIR" in done.err

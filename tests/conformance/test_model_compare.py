@@ -15,7 +15,7 @@ from dsv4_hal.backend import BackendError
 from dsv4_hal.conformance import container, model_run
 from dsv4_hal.conformance.container import BundleError
 from dsv4_hal.conformance.drift import Free, Part, Picks, _alike
-from dsv4_hal.conformance.model_compare import bisect_live, bisect_recorded, first_place, live, recorded
+from dsv4_hal.conformance.model_compare import bisect_live, bisect_recorded, first_place, headline, live, recorded
 from dsv4_hal.conformance.model_report import write
 from dsv4_hal.conformance.replay import KEPT, Script, kept_rows
 from dsv4_hal.model.checkpoint import init_checkpoint
@@ -256,6 +256,7 @@ def test_a_process_that_is_lost_is_told(tiny_dir: Path, install: Install) -> Non
     found = live(str(tiny_dir), ["reference", "vendor"], "exact", Script(((5, 6, 7),), 0), silent)
     (row,) = found.failed
     assert row.name == "process" and "the process of backend vendor ended with exit code 7" in row.message
+    assert list(headline(found)) == [f"vendor against reference: not compared: {row.message}"]
 
 
 @pytest.mark.usefixtures("here")
