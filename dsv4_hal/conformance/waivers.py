@@ -24,7 +24,7 @@ import yaml
 
 from dsv4_hal.conformance.runner import GRAD, MODES, About, Outcome, affordable, jobs
 from dsv4_hal.ops import SIZES
-from dsv4_hal.registry import registered
+from dsv4_hal.registry import names
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Waiver:
 
 
 def read_waivers(path: Path) -> list[Waiver]:
-    """The waivers in a file; none where there is none. ValueError names the file and the entry that is wrong."""
+    """The waivers in a file; none where there is none, or no path (""). ValueError names file and entry."""
+    if not path.name:
+        return []
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
@@ -94,8 +96,8 @@ def _waiver(entry: object, place: str) -> Waiver:
         raise ValueError(f"{place}: mode must be exact, deployed or {GRAD}")
     if not isinstance(entry.get("backend", ""), str):
         raise ValueError(f"{place}: backend must be text")
-    if (backend := entry.get("backend", "")) and backend not in registered():
-        near = difflib.get_close_matches(backend, registered(), 1)
+    if (backend := entry.get("backend", "")) and backend not in names():
+        near = difflib.get_close_matches(backend, names(), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"{place}: no backend is called {backend!r}{hint}")
     return Waiver(entry["case"], entry["reason"], date, entry.get("mode", ""), backend)
