@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def test_a_moved_bundle_gives_the_verdicts_of_a_live_run_to_the_bit(tool: Tool, 
     assert (told in done.out) == (backend == "reference")
     assert done.code == live.code
     assert [line for line in done.out.splitlines() if told not in line] == live.out.splitlines()
-    assert "recorded with dsv4-hal" in done.err
+    assert "recorded with dsv4-hal" in done.err and sys.executable not in done.err
     assert live.code == (1 if backend == "third" else 0)
 
 
