@@ -40,7 +40,9 @@ def vendor(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest
 
 
 def waive(vendor: pytest.Pytester, *cases: str) -> None:
-    text = "".join(f"- {{case: '{case}', reason: fixed in driver 25.3, date: 2026-11-25}}\n" for case in cases)
+    text = "".join(
+        f"- {{case: '{case}', mode: exact, reason: fixed in driver 25.3, date: 2026-11-25}}\n" for case in cases
+    )
     (vendor.path / "site" / "waivers.yaml").write_text(text)
 
 
@@ -54,9 +56,9 @@ def test_every_case_is_a_test(vendor: pytest.Pytester) -> None:
     result.assert_outcomes(passed=6, failed=2, xfailed=1)
     for line in (
         "::test_contract[hadamard[tokens=0,heads=4,width=128]@exact] PASSED",
-        "crash: the process ended with exit code 3",
+        "crash: the process of backend faulty ended with exit code 3",
         'again: dsv4-hal conform --backend faulty -p "hadamard[tokens=3,heads=1,width=1]@exact"',
-        "timeout: no result after 4 s",
+        "timeout: no result after 4.0 s",
         "waived 2026-11-25 (fixed in driver 25.3): y: nmse ",
         "faulty: 1 native op of the 1 that ran; 9 cases: 6 agrees, 1 crash, 1 timeout, 1 waived; size classes",
     ):
@@ -100,6 +102,12 @@ def test_no_choice_is_an_empty_one(vendor: pytest.Pytester, options: tuple[str, 
     result = vendor.runpytest_inprocess(*options)
     result.assert_outcomes(errors=1)
     assert told in result.stdout.str() and "Traceback" not in result.stdout.str()
+
+
+def test_the_limit_is_that_of_conform(vendor: pytest.Pytester) -> None:
+    for limit in ("0", "nan", "1e9", "soon"):
+        result = vendor.runpytest_inprocess("--dsv4-limit", limit)
+        assert f"--dsv4-limit: must be 0.1 to 86400 seconds, got {limit}" in result.stderr.str()
 
 
 def test_without_the_fixture_nothing_is_asked(vendor: pytest.Pytester) -> None:
