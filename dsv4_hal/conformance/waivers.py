@@ -24,7 +24,7 @@ import yaml
 from dsv4_hal.backend import BackendError
 from dsv4_hal.conformance.runner import GRAD, MODES, About, Outcome, affordable, jobs
 from dsv4_hal.ops import SIZES
-from dsv4_hal.registry import names
+from dsv4_hal.registry import registered
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Evil(Reference):
         subprocess.run(["true"])  # a worker may start processes of its own
         return super().quantize(x, fmt)
 
-    def state_new(self, *args):
+    def hc_pre(self, *args):
         raise KeyboardInterrupt
 
     def route(self, *args):
@@ -127,7 +127,7 @@ EXPECTED = {
     "block_diagonal_linear": ("disagrees", "y: strides (0, "),
     "sparse_attention": ("misconduct", "sparse_attention changed its input batch"),
     "quantize": ("agrees", ""),
-    "state_new": ("error", "KeyboardInterrupt"),
+    "hc_pre": ("error", "KeyboardInterrupt"),
     "route": ("error", "Mute: (its text raises ValueError)"),
     "index_topk": (
         "misconduct",
