@@ -19,6 +19,7 @@ from dsv4_hal.conformance.drift import GOOD, Call, Part, Picks, Row
 from dsv4_hal.conformance.model_run import LIMIT, PROGRESS, ModelRun
 from dsv4_hal.conformance.replay import Script
 from dsv4_hal.conformance.text import counted
+from dsv4_hal.environment import emulated
 from dsv4_hal.registry import FALLBACK, registered
 
 Tell = Callable[[str], PROGRESS]
