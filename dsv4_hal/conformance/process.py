@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from types import FrameType
 from typing import Any, cast
 
 STARTING = 600.0  # seconds a process may take until its backend is there
@@ -118,8 +119,16 @@ def _end_with_parent() -> None:
 def _without_interrupts() -> Iterator[None]:
     """A Ctrl-C waits till the end, and what is started does not get it."""
     resource_tracker.ensure_running()  # its start, inside the other's, would let it through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which what is started inherits
+    waiting: list[tuple[int, FrameType | None]] = []
+    mine = threading.current_thread() is threading.main_thread()
+    # Another thread may take the signal, whose handler runs in the main one, mask or not.
+    before = signal.signal(signal.SIGINT, lambda *what: waiting.append(what)) if mine else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if mine:
+            signal.signal(signal.SIGINT, before)
+        if waiting and callable(before):
+            before(*waiting[0])

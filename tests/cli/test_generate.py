@@ -54,7 +54,7 @@ def test_exact_mode_and_an_empty_prompt(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (("--backend", "nope"), 3, "no backend is called 'nope'; registered: null, reference"),
+        (("--backend", "nope"), 3, "no backend is called 'nope'; registered: cuda, cuda-vendor, null, reference"),
         (("--backend", "null"), 2, "computes shapes, not values"),
         (("--mode", "fast"), 2, "--mode: mode: must be 'deployed' or 'exact', got 'fast'"),
         (("--top-p", "0"), 2, "--top-p: generate.top_p: must be greater than 0, got 0.0"),
