@@ -21,6 +21,7 @@ from dsv4_hal.backends.cuda.hyper_connection import HyperConnection
 from dsv4_hal.backends.cuda.moe import Moe
 from dsv4_hal.backends.cuda.norm_rope import NormRope
 from dsv4_hal.backends.cuda.sampling import Sampling
+from dsv4_hal.backends.cuda.vendor import probe
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.backends.triton_kernels.runtime import INTERPRETED
 from dsv4_hal.formats import FORMATS, RowLayout, flashmla_rows, index_fp4_rows
@@ -75,7 +76,7 @@ class Cuda(Differentiable, Attention, Experts, Cache, Gemm, Moe, HyperConnection
 
     @classmethod
     def environment(cls) -> dict[str, str]:
-        found = {"triton": triton.__version__}
+        found = {"triton": triton.__version__, **probe.environment()}
         if INTERPRETED:
             return found | {"emulated": _emulated()}
         return found | ({"cuda device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})

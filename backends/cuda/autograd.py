@@ -42,7 +42,8 @@ class Differentiable:
         for op, spec in OPS.items():
             owner = next(c for c in cls.__mro__ if op in vars(c))
             done = owner is not cls and issubclass(owner, Differentiable)
-            if spec.grad and not done and owner not in Reference.__mro__:
+            defined = vars(owner)[op] is spec.definition  # its parts have gradients
+            if spec.grad and not done and not defined and owner not in Reference.__mro__:
                 setattr(cls, op, differentiable(op, vars(owner)[op]))
 
 

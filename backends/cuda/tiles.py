@@ -31,18 +31,54 @@ def _tile(rows: int, columns: int, inner: int, warps: int, stages: int) -> Mappi
     return {"BM": rows, "BN": columns, "BK": inner, "num_warps": warps, "num_stages": stages}
 
 
-_SINGLE = _tile(64, 64, 32, 4, 2)
-
-# kinds of operands: see backends.triton_kernels.gemm.Units
-GEMM: Mapping[str, Tiles] = {
-    "sm_90": {
-        "plain": _tile(64, 128, 128, 4, 4),
-        "float8": _tile(64, 128, 128, 4, 4),
-        "widened": _tile(64, 128, 128, 4, 3),
-        "scaled": _tile(64, 128, 128, 4, 3),
-        "float32": _SINGLE,
-    },
+_SINGLE = _tile(64, 64, 32, 8, 2)
+_AMPERE = {
+    "plain": _tile(64, 128, 64, 4, 3),
+    "float8": _tile(64, 128, 128, 8, 3),
+    "widened": _tile(64, 128, 64, 8, 3),
+    "float32": _SINGLE,
+}
+_BLACKWELL = {
+    "plain": _tile(128, 128, 64, 8, 4),
+    "float8": _tile(128, 128, 128, 8, 3),
+    "widened": _tile(128, 128, 128, 8, 3),
+    "scaled": _tile(128, 128, 128, 8, 3),
+    "float32": _SINGLE,
 }
 
-# the same for the product with gate and up, which holds two sums
-EXPERTS: Mapping[str, Tiles] = GEMM
+# products, by kind of operand: see backends.triton_kernels.gemm.Units
+GEMM: Mapping[str, Tiles] = {
+    "sm_80": {**_AMPERE, "widened": _tile(64, 64, 64, 8, 3)},
+    "sm_86": {**_AMPERE, "widened": _tile(64, 64, 64, 8, 3)},
+    "sm_89": _AMPERE,
+    "sm_90": {
+        "plain": _tile(128, 128, 64, 8, 4),
+        "float8": _tile(128, 128, 128, 8, 3),
+        "widened": _tile(64, 128, 128, 8, 3),
+        "float32": _SINGLE,
+    },
+    "sm_100": _BLACKWELL,
+    "sm_103": _BLACKWELL,
+    "sm_120": _AMPERE,
+    "gfx942": {**_AMPERE, "plain": _tile(64, 128, 64, 4, 2), "widened": _tile(64, 128, 64, 8, 2)},
+    "gfx950": {k: _tile(128, 128, 128, 8, 2) for k in ("plain", "float8", "widened", "scaled")} | {"float32": _SINGLE},
+}
+
+# the product with gate and up, which holds two sums; 128 columns, so that hidden rows are rounded where they are made
+_PAIR = {
+    "plain": _tile(64, 128, 64, 8, 3),
+    "float8": _tile(64, 128, 128, 8, 3),
+    "widened": _tile(64, 128, 32, 8, 3),
+    "float32": _tile(32, 64, 32, 8, 2),
+}
+EXPERTS: Mapping[str, Tiles] = {
+    "sm_80": _PAIR,
+    "sm_86": _PAIR,
+    "sm_89": _PAIR,
+    "sm_90": {**_PAIR, "widened": _tile(64, 128, 64, 8, 3)},
+    "sm_100": _BLACKWELL,
+    "sm_103": _BLACKWELL,
+    "sm_120": _PAIR,
+    "gfx942": {**_PAIR, "plain": _tile(64, 128, 64, 8, 2), "widened": _tile(64, 128, 64, 8, 2)},
+    "gfx950": {k: _tile(64, 128, 128, 8, 2) for k in ("plain", "float8", "widened", "scaled")} | {"float32": _SINGLE},
+}

@@ -25,7 +25,7 @@ from dsv4_hal.backends.triton_kernels.runtime import DTYPES, launch, power_of_tw
 from dsv4_hal.formats import QTensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _hidden(
     x,
     _x_batch,

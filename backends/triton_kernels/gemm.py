@@ -79,6 +79,7 @@ def folded(
     PACK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr,
+    FP8: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -90,7 +91,7 @@ def folded(
     )
     byte = (k // PACK)[None, :, None] + tl.arange(0, part // PACK)[None, None]
     code = tl.load(w[:, None, None] + byte, mask=inside[:, None, None] & (byte < K // PACK), other=0)
-    value = decoded(code, ELEMENT) * stored_scale(scale)[:, :, None]
+    value = operand(code, ELEMENT, tl.float32, FP8) * stored_scale(scale)[:, :, None]
     return tl.reshape(value.to(OPERAND), (BN, BK))
 
 
@@ -135,7 +136,7 @@ def product(
     for start in range(0, K, BK):
         left = tl.load(x[:, None] + (start + k)[None], mask=there[:, None] & (start + k < K)[None], other=0)
         if SCALES == "fold":
-            right = folded(w, w_scale, inside, start, K, W, PACK, BLOCK_K, OPERAND, BN, BK)
+            right = folded(w, w_scale, inside, start, K, W, PACK, BLOCK_K, OPERAND, FP8, BN, BK)
         else:
             at = start // PACK + byte
             right = tl.load(w[:, None] + at[None], mask=inside[:, None] & (at < K // PACK)[None], other=0)
@@ -166,7 +167,7 @@ def product(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _matmul(
     x,
     x_batch,
@@ -245,7 +246,7 @@ class Units:
 
     fp8, scaled  whether they multiply float8, and take block scales
     tiles        constants by kind of operand: "plain" (two bytes), "float8", "widened" (codes to two bytes), "scaled",
-                 "float32": BM, BN, BK, num_warps, num_stages. BK divides 128, or is it
+                 "float32": BM, BN, BK, num_warps, num_stages. BK divides 128
     """
 
     fp8: bool
@@ -268,38 +269,31 @@ def constants(
     fold   the weight is dequantised and rounded to x's dtype, and that is multiplied
     parts  what w's rows are cut into: tiles begin with each
     """
-    fmt, plain_x = w.format, x.dtype if isinstance(x, Tensor) else None
+    fmt, coded = w.format, isinstance(x, QTensor)
     block_n, block_k = fmt.block or (1, 0)
+    few = 0 < block_k < 128
     if fmt.plain:
         scales = "none"
-    elif fold or 0 < block_k < 128:
+    elif fold or few:
         scales = "fold"
     else:
         scales = "block" if block_k else "row"
-    if fold:
-        wide = plain_x
-    elif fmt.plain:
-        wide = fmt.storage if plain_x in (None, fmt.storage) else torch.float32
-    elif scales == "fold" and plain_x == torch.float16:
-        wide = torch.float32  # the scales of a weight may be beyond float16
-    else:
-        wide = plain_x or torch.bfloat16
+
+    # codes are exact in any dtype; float16 holds not every scale
+    wide = x.dtype if isinstance(x, Tensor) else fmt.storage if fmt.plain else torch.bfloat16
+    if not fold and ((fmt.plain and fmt.storage != wide) or (few and wide == torch.float16)):
+        wide = torch.float32
     operand = DTYPES[wide]
+    # Hopper sums products of float8 in fewer bits than float32: too few for a result that is not rounded further
+    float8 = units.fp8 and coded and fmt.element == "e4m3" and scales != "fold" and out_dtype.itemsize < 4
     if wide == torch.float32:
         kind = "float32"
-    elif plain_x is not None and fmt.plain:
+    elif fmt.plain and not coded:
         kind = "plain"
-    elif plain_x is None and scales == "fold" and block_k == 32 and units.scaled:
-        kind, scales = "scaled", "mx"
-    elif (
-        plain_x is None
-        and scales in ("block", "row")
-        and fmt.element == "e4m3"
-        and units.fp8
-        and out_dtype.itemsize < 4
-    ):
-        # Hopper sums products of float8 in fewer bits than float32: too few for a result that is not rounded further
+    elif float8:
         kind, operand = "float8", tl.float8e4nv
+    elif units.scaled and coded and block_k == 32:
+        kind, scales = "scaled", "mx"
     else:
         kind = "widened"
     tile, height = units.tiles[kind], w.shape[-2] // parts
@@ -308,7 +302,7 @@ def constants(
     return {
         "N": height,
         "K": w.shape[-1],
-        "X": "plain" if plain_x else ACTIVATION.element,
+        "X": ACTIVATION.element if coded else "plain",
         "W": "plain" if fmt.plain else fmt.element,
         "PACK": fmt.pack,
         "SCALES": scales,
@@ -321,11 +315,17 @@ def constants(
 
 
 def strided(q: Tensor | QTensor) -> tuple[Any, ...]:
-    """Arguments of a kernel for rows [T, K], one or many matrices of them [B, T, K], or their codes and scales: tensor,
-    stride of matrices, stride of rows; of codes, then of scales. Plain values have their own in place of scales."""
+    """Arguments of a kernel for one matrix [R, K] or many [B, R, K]: a tensor and its strides of matrices and of rows,
+    for values or codes, and then for scales. Plain values stand in for theirs."""
     data = stacked(q if isinstance(q, Tensor) else code_bytes(q.data, q.format))
     scale = data if isinstance(q, Tensor) or q.scale is None else stacked(as_bytes(q.scale))
-    return data, data.stride(0), data.stride(1), scale, scale.stride(0), scale.stride(1)
+    return *steps(data), *steps(scale)
+
+
+def steps(x: Tensor) -> tuple[Tensor, int, int]:
+    """x [B, R, K], and its strides of matrices and of rows. That of a single matrix is 0: it hangs on the number of
+    rows, and no kernel should be compiled anew for each."""
+    return x, x.stride(0) if len(x) > 1 else 0, x.stride(1)
 
 
 def row_tiles(rows: int, experts: int, size: int) -> int:
@@ -359,9 +359,7 @@ def matmul(
         (tiles * triton.cdiv(chosen["N"], chosen["BN"]), 1 if experts else len(target)),
         *left,
         *strided(w if w.scale is not None else w.data),
-        target,
-        target.stride(0),
-        target.stride(1),
+        *steps(target),
         target if offsets is None else offsets,
         rows,
         EXPERTS=experts,

@@ -158,35 +158,17 @@ def join(
     eps: float,
     iters: int = 0,
     weight: Tensor | None = None,
+    parts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, d] of streams [T, n, d] in their dtype; post [T, n] and comb [T, n, n] float32, empty where iters is 0.
 
     fn      [R, n * d], base [R], scale [3] float32, R = 2 n + n^2; where iters is 0, R = n, and scale is [1]
     weight  [d]: x through an RMS norm, after its rounding
-    The projection is summed by chunks of channels, whose size is fixed, and the chunks are added in order.
+    parts   what `project` returns, if it is there already
     """
-    streams, fn = _dense(streams), _dense(fn)
+    streams = _dense(streams)
     (tokens, n, d), rows, device = streams.shape, len(fn), streams.device
-    per_stream = triton.cdiv(d, CHUNK)
-    parts = torch.empty(n * per_stream, tokens, rows + 1, dtype=torch.float32, device=device)
-    launch(
-        _project,
-        (triton.cdiv(tokens, TOKENS), len(parts)),
-        streams,
-        *streams.stride()[:2],
-        fn,
-        fn.stride(0),
-        parts,
-        tokens,
-        D=d,
-        OUT=rows,
-        PARTS=per_stream,
-        STEPS=triton.cdiv(min(d, CHUNK), DEPTH),
-        TOKENS=TOKENS,
-        DEPTH=DEPTH,
-        BLOCK=max(32, power_of_two(rows)),
-        num_warps=4,
-    )
+    parts = project(streams, fn) if parts is None else parts
     x = torch.empty(tokens, d, dtype=streams.dtype, device=device)
     mixed = tokens if iters else 0
     post = torch.empty(mixed, n, dtype=torch.float32, device=device)
@@ -219,6 +201,35 @@ def join(
         num_warps=8 if block > 1024 else 4,
     )
     return x, post, comb
+
+
+def project(streams: Tensor, fn: Tensor) -> Tensor:
+    """Sums that make the projection of streams [T, n, d] by fn [R, n * d], float32 [P, T, R + 1]: products with fn's
+    rows, and squares behind them. By chunks of channels, whose size is fixed; whoever reads them adds them in order.
+    """
+    streams, fn = _dense(streams), _dense(fn)
+    (tokens, n, d), rows, device = streams.shape, len(fn), streams.device
+    per_stream = triton.cdiv(d, CHUNK)
+    parts = torch.empty(n * per_stream, tokens, rows + 1, dtype=torch.float32, device=device)
+    launch(
+        _project,
+        (triton.cdiv(tokens, TOKENS), len(parts)),
+        streams,
+        *streams.stride()[:2],
+        fn,
+        fn.stride(0),
+        parts,
+        tokens,
+        D=d,
+        OUT=rows,
+        PARTS=per_stream,
+        STEPS=triton.cdiv(min(d, CHUNK), DEPTH),
+        TOKENS=TOKENS,
+        DEPTH=DEPTH,
+        BLOCK=max(32, power_of_two(rows)),
+        num_warps=4,
+    )
+    return parts
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from dsv4_hal.backends.triton_kernels import numbers
 from dsv4_hal.backends.triton_kernels.runtime import launch, power_of_two
 from dsv4_hal.formats import Format, QTensor
 
-TILE = 8192  # elements that a program holds, unless one block is larger
+TILE = 4096  # elements that a program holds, unless one block is larger
 
 
 @triton.jit
@@ -36,10 +36,8 @@ def block_scale(largest, FLOOR: tl.constexpr, TOP: tl.constexpr, SCALE: tl.const
 @triton.jit
 def encoded(x, scale, ELEMENT: tl.constexpr, SCALE: tl.constexpr):
     """x / scale -> codes: uint8, int8 for int8; one code a byte."""
-    if SCALE == "e8m0":
-        x = x * tl.div_rn(1.0, scale)  # a power of two, as its inverse
-    else:
-        x = tl.div_rn(x, scale)
+    # the inverse of a power of two is exact
+    x = x * tl.div_rn(1.0, scale) if SCALE == "e8m0" else tl.div_rn(x, scale)
     if ELEMENT == "e4m3":
         code = numbers.encode_e4m3(x)
     elif ELEMENT == "e2m1":
@@ -72,7 +70,7 @@ def stored_scale(scale):
     return numbers.decode_e8m0(scale) if scale.dtype == tl.uint8 else scale.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _encode(
     x,
     x_batch,
@@ -122,7 +120,7 @@ def _encode(
     tl.store(scales + at, scale, mask=(line < lines) & (block < across))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _decode(
     codes,
     codes_batch,
@@ -190,6 +188,7 @@ def _shape(rows: int, columns: int, batch: int, fmt: Format) -> tuple[tuple[int,
         "ROWS": per,
         "COUNT": count,
         "WIDTH": width,
+        "num_warps": 4 if per * count * width <= TILE else 16,
     }
 
 
@@ -220,7 +219,6 @@ def encode(x: Tensor, fmt: Format) -> QTensor:
         SCALE=fmt.scale,
         FLOOR=fmt.floor,
         TOP=fmt.top,
-        num_warps=4,
         enable_fp_fusion=False,
         **constants,
     )
@@ -250,7 +248,6 @@ def decode(q: QTensor, dtype: torch.dtype) -> Tensor:
         out,
         codes.shape[1],
         q.shape[-1],
-        num_warps=4,
         enable_fp_fusion=False,
         **constants,
     )

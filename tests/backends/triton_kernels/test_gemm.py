@@ -1,0 +1,98 @@
+"""Matrix products in kernels: what the contract's cases do not ask. Interpreted."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'dsv4-hal[cuda]'")
+
+import triton.language as tl
+
+from dsv4_hal.backends.cuda.devices import ARCHS
+from dsv4_hal.backends.cuda.tiles import EXPERTS, GEMM
+from dsv4_hal.backends.triton_kernels import gemm, quantize
+from dsv4_hal.formats import FORMATS, QTensor, dequantize
+from dsv4_hal.formats import quantize as stored
+
+
+def units(name: str = "sm_90") -> gemm.Units:
+    return gemm.Units(ARCHS[name].fp8, ARCHS[name].scaled, GEMM[name])
+
+
+def whole(*shape: int) -> torch.Tensor:
+    """Whole numbers that every format holds, whose sums are exact in whatever order."""
+    x = torch.randint(-2, 3, shape).float()
+    x[..., ::32] = 4.0  # of every block's largest magnitude, and so its scale
+    return x
+
+
+def activation(x: torch.Tensor) -> QTensor:
+    return quantize.encode(x, FORMATS["e4m3_1x128"])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", ["e4m3_128x128", "mxfp4"])
+def test_every_architecture_computes_the_same(arch, name):
+    x, w = whole(3, 160), stored(whole(40, 160), FORMATS[name])
+    got = gemm.matmul(activation(x), w, torch.empty(3, 40, dtype=torch.bfloat16), units(arch))
+    assert torch.equal(got, (x @ dequantize(w).T).bfloat16())
+
+
+@pytest.mark.parametrize("name", ["bf16", "e4m3_128x128_fp32", "mxfp4", "int4_channel"])
+def test_a_row_is_multiplied_alike_alone_and_in_a_batch(name):
+    x, w = torch.randn(131, 96, dtype=torch.bfloat16), stored(torch.randn(40, 96), FORMATS[name])
+    x = x if name == "bf16" else activation(x)
+    many = gemm.matmul(x, w, torch.empty(131, 40), units())
+    for row in (0, 130):
+        one = (
+            x[row : row + 1]
+            if isinstance(x, torch.Tensor)
+            else replace(x, data=x.data[row : row + 1], scale=x.scale[row : row + 1])
+        )
+        assert torch.equal(gemm.matmul(one, w, torch.empty(1, 40), units()), many[row : row + 1])
+
+
+def test_experts_without_rows_are_not_read():
+    counts = torch.tensor([0, 2, 0, 0, 65, 1, 0])
+    w = whole(len(counts), 24, 64).bfloat16()
+    w[counts == 0] = float("nan")
+    x, offsets = whole(68, 64).bfloat16(), torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    tiles = {**GEMM["sm_90"], "plain": {**GEMM["sm_90"]["plain"], "BM": 16}}
+    got = gemm.matmul(
+        x, QTensor(w, None, FORMATS["bf16"]), torch.empty(68, 24), gemm.Units(True, False, tiles), offsets
+    )
+    expert = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    assert torch.equal(got, torch.einsum("mk,mnk->mn", x.float(), w[expert].float()))
+
+
+def test_there_are_row_tiles_enough_and_not_many_more():
+    for size in (16, 64):
+        for _ in range(50):
+            counts = torch.randint(0, 2 * size, (int(torch.randint(1, 9, ())),))
+            needed = int(((counts + size - 1) // size).sum())
+            assert needed <= gemm.row_tiles(int(counts.sum()), len(counts), size) <= needed + len(counts)
+    assert gemm.row_tiles(6, 384, 64) == 6  # a token's experts have one each
+
+
+def test_float8_is_multiplied_as_it_is_only_where_the_result_is_rounded_further():
+    x, w = activation(torch.randn(1, 128)), stored(torch.randn(16, 128), FORMATS["e4m3_128x128"])
+    assert gemm.constants(x, w, torch.bfloat16, units())["OPERAND"] == tl.float8e4nv
+    assert gemm.constants(x, w, torch.float32, units())["OPERAND"] == tl.bfloat16
+    assert gemm.constants(x, w, torch.bfloat16, units("sm_80"))["OPERAND"] == tl.bfloat16
+
+
+def test_scales_beyond_float16_are_not_folded_into_it():
+    x, w = torch.ones(1, 32, dtype=torch.float16), stored(torch.full((16, 32), 2.0**-40), FORMATS["mxfp4"])
+    got = gemm.matmul(x, w, torch.empty(1, 16), units())
+    assert torch.equal(got, torch.full((1, 16), 32 * 2.0**-40))
+
+
+def test_every_architecture_has_tiles_of_every_kind_it_needs():
+    for table in (GEMM, EXPERTS):
+        assert table.keys() == ARCHS.keys()
+        for name, kinds in table.items():
+            assert {"plain", "widened", "float32"} <= kinds.keys()
+            assert "float8" in kinds or not ARCHS[name].fp8
+            assert "scaled" in kinds or not ARCHS[name].scaled
+            assert all(128 % tile["BK"] == 0 for tile in kinds.values())
