@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test full lint bench clean
+.PHONY: demo test test-cuda full lint bench clean
 
 demo: $(VENV)/installed
 	bash ci/demo.sh $(BIN)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not full and not browser"
+
+test-cuda: $(VENV)/installed-test
+	bash ci/cuda.sh $(BIN)
 
 full: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not browser"

@@ -24,6 +24,15 @@ class BackendError(RuntimeError):
     """A backend that was asked for cannot be used. The message says which and why."""
 
 
+def described(error: BaseException) -> str:
+    """Kind and text of an exception, whose text may be code of a backend that fails as well."""
+    try:
+        text = str(error)
+    except BaseException as worse:
+        text = f"(its text raises {type(worse).__name__})"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether something can be used, why or why not, and what would make it usable ("" where nothing would)."""

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from dsv4_hal.backend import Backend, BackendError, Facts, Origin, Verdict
+from dsv4_hal.backend import Backend, BackendError, Facts, Origin, Verdict, described
 from dsv4_hal.formats import RowLayout, Weight
 from dsv4_hal.numerics import Numerics
 from dsv4_hal.ops import FAMILIES, OPS, Ops
-from dsv4_hal.registry import FALLBACK, Passed, choose
+from dsv4_hal.registry import FALLBACK, Passed, choose, well_formed
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,8 @@ def _supports(backend: Backend, op: str, facts: Facts) -> Verdict:
     try:
         verdict = backend.supports(op, facts)
     except (Exception, SystemExit) as error:
-        return Verdict(False, f"supports() failed: {type(error).__name__}: {error}")
-    return verdict if isinstance(verdict, Verdict) else Verdict(False, f"supports() returned {verdict!r}, no Verdict")
+        return Verdict(False, f"supports() failed: {described(error)}")
+    return verdict if well_formed(verdict) else Verdict(False, f"supports() returned {verdict!r}, no Verdict")
 
 
 T = TypeVar("T")
@@ -218,7 +218,7 @@ def _hook(backend: Backend, name: str, kind: type[T], *args: Any) -> T:
     except (BackendError, ValueError):
         raise
     except (Exception, SystemExit) as error:
-        raise BackendError(f"backend {backend.name}: {name}() failed: {type(error).__name__}: {error}") from error
+        raise BackendError(f"backend {backend.name}: {name}() failed: {described(error)}") from error
     if not isinstance(found, kind):
         raise BackendError(f"backend {backend.name}: {name}() returned {found!r}, not a {kind.__name__}")
     return found

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from dsv4_hal.backend import described
 from dsv4_hal.config import PREFIX
 from dsv4_hal.registry import BackendInfo, backend_class, list_backends
 
@@ -59,7 +60,7 @@ def _devices(infos: Iterable[BackendInfo]) -> dict[str, dict[str, str]]:
         try:
             facts = dict(backend_class(info.name).environment()) if info.available else {}
         except (Exception, SystemExit) as error:
-            facts = {"environment() failed": f"{type(error).__name__}: {error}"}
+            facts = {"environment() failed": described(error)}
         if facts:
             out[f"backend {info.name}"] = {str(name): _value(str(name), str(value)) for name, value in facts.items()}
     return out

@@ -17,6 +17,7 @@ none failed, fails the session. Works under pytest-xdist; nothing loads this mod
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Generator, Iterator
 from dataclasses import asdict
@@ -26,7 +27,7 @@ import pytest
 import torch
 
 from dsv4_hal.backend import BackendError
-from dsv4_hal.cli.conform import chosen_jobs
+from dsv4_hal.cli.conform import LONGEST, SHORTEST, chosen_jobs
 from dsv4_hal.conformance.report import Run
 from dsv4_hal.conformance.runner import (
     DEFAULT_SIZE,
@@ -39,10 +40,9 @@ from dsv4_hal.conformance.runner import (
     Outcome,
     Worker,
     affordable,
-    jobs,
     judge,
 )
-from dsv4_hal.conformance.waivers import Waiver, read_waivers
+from dsv4_hal.conformance.waivers import read_waivers
 from dsv4_hal.ops import SIZES
 
 _OUTCOME = pytest.StashKey[Outcome]()
@@ -58,8 +58,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--dsv4-mode", choices=MODES, help="only this mode; default both")
     group.addoption("--dsv4-grad", action="store_true", help="gradients instead, in mode exact")
     group.addoption("--dsv4-size", choices=SIZES, default=DEFAULT_SIZE, help="cases up to this size class")
-    group.addoption("--dsv4-limit", type=float, default=LIMIT, metavar="SECONDS", help="that a case may take")
+    group.addoption("--dsv4-limit", type=_seconds, default=LIMIT, metavar="SECONDS", help="that a case may take")
     parser.addini("dsv4_backend", "registered backend that the contract's cases run on")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not SHORTEST <= seconds <= LONGEST:
+        raise argparse.ArgumentTypeError(f"must be {SHORTEST:g} to {LONGEST:g} seconds, got {text}")
+    return seconds
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -150,29 +160,17 @@ class _Session:
         if self.about is None:
             return
         self.run = _run(self.outcomes, self.about, self.size)
-        if session.exitstatus == pytest.ExitCode.OK and _stale(self.run):
+        if session.exitstatus == pytest.ExitCode.OK and self.run.stale:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.run is None:
             return
         terminalreporter.section("dsv4-hal")
-        for waiver in _stale(self.run):
+        for waiver in self.run.stale:
             told = f"stale waiver: {waiver.case} of {waiver.date}: no case of it fails; see {self.run.about.waivers}"
             terminalreporter.line(told, red=True)
         terminalreporter.line(self.run.headline)
-
-
-def _stale(run: Run) -> list[Waiver]:
-    """Of the waivers whose every case ran: who runs one test must not hear of the others."""
-    ran = {outcome.id for outcome in run.outcomes}
-    every = affordable(jobs(modes={outcome.mode for outcome in run.outcomes}, size=run.extent.size), run.about)
-
-    def whole(waiver: Waiver) -> bool:
-        mine = (job for job in every if job.case.startswith(waiver.case) and waiver.mode in ("", job.mode))
-        return all(job.id in ran for job in mine)
-
-    return [waiver for waiver in run.stale if whole(waiver)]
 
 
 def _run(outcomes: list[Outcome], about: About, size: str = DEFAULT_SIZE) -> Run:

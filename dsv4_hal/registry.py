@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 import torch
 
-from dsv4_hal.backend import Backend, BackendError, Verdict
+from dsv4_hal.backend import Backend, BackendError, Verdict, described
 from dsv4_hal.numerics import Numerics
 
 GROUP = "dsv4_hal.backends"
@@ -38,6 +38,11 @@ class BackendInfo:
     automatic: bool = False
 
 
+def names() -> list[str]:
+    """Names of all backends; none of them is loaded."""
+    return sorted(_registered())
+
+
 def list_backends(names: Sequence[str] | None = None) -> list[BackendInfo]:
     """Every registered backend, or those named, and whether this machine can run it. A broken one is listed with what
     broke."""
@@ -45,23 +50,27 @@ def list_backends(names: Sequence[str] | None = None) -> list[BackendInfo]:
     return [_info(name, entries) for name, entries in found if names is None or name in names]
 
 
+def registered(name: str) -> EntryPoint:
+    """Where a backend is, whose module is not loaded. BackendError if the name is unknown, or claimed twice."""
+    found = _registered()
+    if name not in found:
+        near = get_close_matches(name, found, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise BackendError(f"no backend is called {name!r}; registered: {', '.join(sorted(found)) or 'none'}{hint}")
+    entry, *others = found[name]
+    if others:
+        claims = ", ".join(e.value for e in found[name])
+        raise BackendError(f"backend {name} is registered more than once: {claims}; uninstall all but one")
+    return entry
+
+
 def backend_class(name: str) -> type[Backend]:
     """The class of a registered backend. BackendError if the name is unknown or its module does not load."""
-    registered = _registered()
-    if name not in registered:
-        near = get_close_matches(name, registered, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise BackendError(
-            f"no backend is called {name!r}; registered: {', '.join(sorted(registered)) or 'none'}{hint}"
-        )
-    entry, *others = registered[name]
-    if others:
-        claims = ", ".join(e.value for e in registered[name])
-        raise BackendError(f"backend {name} is registered more than once: {claims}; uninstall all but one")
+    entry = registered(name)
     try:
         cls = entry.load()
     except (Exception, SystemExit) as error:  # a vendor's package may fail in any way it likes
-        raise BackendError(f"backend {name} does not load: {type(error).__name__}: {error}") from error
+        raise BackendError(f"backend {name} does not load: {described(error)}") from error
     if not (isinstance(cls, type) and issubclass(cls, Backend)):
         raise BackendError(f"backend {name}: {entry.value} is not a subclass of dsv4_hal.backend.Backend")
     if cls.name != name:
@@ -74,10 +83,16 @@ def available(cls: type[Backend]) -> Verdict:
     try:
         verdict = cls.available()
     except (Exception, SystemExit) as error:
-        return Verdict(False, f"its probe failed: {type(error).__name__}: {error}")
-    if not isinstance(verdict, Verdict) or not isinstance(verdict.reason, str) or not isinstance(verdict.remedy, str):
+        return Verdict(False, f"its probe failed: {described(error)}")
+    if not well_formed(verdict):
         return Verdict(False, f"its probe returned {verdict!r}, not a Verdict with a reason")
     return verdict
+
+
+def well_formed(verdict: object) -> bool:
+    """Whether a backend's answer is a Verdict of True or False, with texts."""
+    kinds = {"ok": bool, "reason": str, "remedy": str}
+    return isinstance(verdict, Verdict) and all(isinstance(getattr(verdict, name), kinds[name]) for name in kinds)
 
 
 def choose(names: Sequence[str], numerics: Numerics, device: torch.device | str | None) -> tuple[list[Backend], Passed]:
@@ -133,7 +148,7 @@ def _build(name: str, numerics: Numerics, device: torch.device | str | None) -> 
     except BackendError:
         raise
     except (Exception, SystemExit) as error:
-        raise BackendError(f"backend {name} cannot be made: {type(error).__name__}: {error}") from error
+        raise BackendError(f"backend {name} cannot be made: {described(error)}") from error
 
 
 def _registered() -> dict[str, list[EntryPoint]]:

@@ -192,6 +192,7 @@ def test_a_backend_that_breaks_in_a_hook_is_named(hook: str, answer: Any, messag
     [
         (raises(SystemExit(7)), "supports() failed: SystemExit: 7"),
         (lambda *_: True, "supports() returned True, no Verdict"),
+        (lambda *_: Verdict(1, ""), "supports() returned Verdict(ok=1, reason='', remedy=''), no Verdict"),
     ],
 )
 def test_a_question_that_breaks_is_a_refusal(supports: Any, reason: str) -> None:

@@ -40,7 +40,9 @@ def vendor(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest
 
 
 def waive(vendor: pytest.Pytester, *cases: str) -> None:
-    text = "".join(f"- {{case: '{case}', reason: fixed in driver 25.3, date: 2026-11-25}}\n" for case in cases)
+    text = "".join(
+        f"- {{case: '{case}', mode: exact, reason: fixed in driver 25.3, date: 2026-11-25}}\n" for case in cases
+    )
     (vendor.path / "site" / "waivers.yaml").write_text(text)
 
 
@@ -100,6 +102,12 @@ def test_no_choice_is_an_empty_one(vendor: pytest.Pytester, options: tuple[str, 
     result = vendor.runpytest_inprocess(*options)
     result.assert_outcomes(errors=1)
     assert told in result.stdout.str() and "Traceback" not in result.stdout.str()
+
+
+def test_the_limit_is_that_of_conform(vendor: pytest.Pytester) -> None:
+    for limit in ("0", "nan", "1e9", "soon"):
+        result = vendor.runpytest_inprocess("--dsv4-limit", limit)
+        assert f"--dsv4-limit: must be 0.1 to 86400 seconds, got {limit}" in result.stderr.str()
 
 
 def test_without_the_fixture_nothing_is_asked(vendor: pytest.Pytester) -> None:

@@ -86,6 +86,14 @@ class Vague(Reference):
         return True  # type: ignore[return-value]
 
 
+class Unsure(Reference):
+    name = "unsure"
+
+    @classmethod
+    def available(cls) -> Verdict:
+        return Verdict("yes", "there is a card")  # type: ignore[arg-type]
+
+
 class Brittle(Reference):
     name = "brittle"
 
@@ -105,7 +113,7 @@ class Quits:
 @pytest.fixture
 def many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backends of every kind, this module's and the project's."""
-    names = ("absent", "faulty", "vague", "brittle", "sound")
+    names = ("absent", "faulty", "vague", "unsure", "brittle", "sound")
     here = {name: f"{__name__}:{name.title()}" for name in names}
     monkeypatch.setitem(sys.modules, "dsv4_hal_quits", Quits())  # type: ignore[arg-type]
     project = {"reference": "dsv4_hal.backends.reference:Reference", "null": "dsv4_hal.backends.null:Null"}
@@ -118,6 +126,7 @@ def test_every_kind_of_unusable_backend_says_why() -> None:
     assert (found["absent"].reason, found["absent"].remedy) == ("no such card", "buy one")
     assert found["faulty"].reason == "its probe failed: OSError: libdriver.so: cannot open shared object file"
     assert found["vague"].reason == "its probe returned True, not a Verdict with a reason"
+    assert "its probe returned Verdict(ok='yes'" in found["unsure"].reason
     assert "SystemExit: 3" in found["quits"].reason
     assert {name for name, info in found.items() if info.available} == {"brittle", "sound", "reference", "null"}
     assert [name for name, info in found.items() if info.available and not info.automatic] == ["null"]

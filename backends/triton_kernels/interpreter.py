@@ -18,6 +18,7 @@ and races. Programs run one after another.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle as Handle
 
@@ -204,7 +206,9 @@ def _store(original: Callable[..., None]) -> Callable[..., None]:
 def _launch(original: Callable[..., None]) -> Callable[..., None]:
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
         _EXTENTS[:] = [_extent(t) for t in _tensors((*args, *kwargs.values()))]
-        original(self, *args, **kwargs)
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a GPU makes NaN and infinity without a word
+            original(self, *args, **kwargs)
 
     return call
 
@@ -234,6 +238,15 @@ def _block_type(self: Any, element_ty: tl.dtype, shape: Sequence[Any]) -> None:
     if not self.shape:
         raise TypeError("a block has at least one axis")
     self.numel, self.name = _validated(self.shape), f"<{self.shape}, {element_ty}>"
+
+
+def _scaled_shape(
+    self: Any, rows: int, columns: int, inner: int, left: tl.tensor | None, right: tl.tensor | None, block: int
+) -> None:
+    """As shipped, for shapes that are tuples of Python."""
+    for scale, count in ((left, rows), (right, columns)):
+        if scale is not None and scale.type.shape[-2:] != (count, inner // block):
+            raise TypeError(f"block scales of {scale.type.shape}, need {(count, inner // block)}")
 
 
 def _numpy(original: Callable[[tl.dtype], np.dtype[Any]]) -> Callable[[tl.dtype], np.dtype[Any]]:
@@ -277,6 +290,7 @@ def install() -> None:
         (reduce, "min_max", _min_max(reduce.min_max)),
         (executor, "__call__", _launch(executor.__call__)),
         (tl.block_type, "__init__", _block_type),
+        (TritonSemantic, "verify_scaled_shape", _scaled_shape),
     )
     for owner, name, ours in replaced:
         setattr(owner, name, ours)

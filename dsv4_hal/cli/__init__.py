@@ -1,11 +1,13 @@
 """The command line: `dsv4-hal VERB`. One file per verb or group of them; the work is done elsewhere.
 
-Exit codes: 0 done, 1 disagreement, 2 usage or bad input, 3 backend unavailable, 4 stale waiver, 130 interrupted.
+Exit codes: 0 done, 1 disagreement, 2 usage or bad input, 3 backend unavailable, 4 stale waiver, 130 interrupted, 143
+terminated.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -50,6 +52,7 @@ def main() -> None:
         sys.stdout, "reconfigure"
     ):  # what an encoding lacks: a mark for eyes, an escape where nothing may be lost
         sys.stdout.reconfigure(errors="replace" if sys.stdout.isatty() else "backslashreplace")
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except dsv4_hal.BackendError as error:
@@ -58,6 +61,13 @@ def main() -> None:
         _fail(error, 2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, frame: object) -> None:
+    """As an exit, so that processes are ended and temporary files removed on the way out."""
+    sys.exit(128 + number)
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -11,7 +11,6 @@ from rich.table import Table
 from dsv4_hal.cli import common
 from dsv4_hal.cli.compare import (
     Against,
-    Backends,
     Chunk,
     Decode,
     Here,
@@ -19,8 +18,10 @@ from dsv4_hal.cli.compare import (
     Numerics,
     Prompt,
     Seed,
+    StepLimit,
     Tokens,
     backend_names,
+    refuse_auto,
     script,
     telling,
 )
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
 
 def bisect(
-    backends: Backends = None,
+    backends: Annotated[
+        str | None, typer.Option(help="Two backends: the second is compared with the first.", metavar="A,B")
+    ] = None,
     model: ModelDir = None,
     against: Against = None,
     backend: Here = "reference",
@@ -42,23 +45,28 @@ def bisect(
     decode: Decode = None,
     chunk: Chunk = None,
     seed: Seed = None,
+    limit: StepLimit = None,
 ) -> None:
     """Find the first op in the forward pass whose output leaves its budget: of two backends, or in a bundle.
 
-    The first part beyond its budget is found as `compare` does; its ops are then compared one by one, from the same
-    inputs. A bundle must have been recorded with `--ops`.
+    The first part beyond its budget is found as `compare` does. Both then run it from the same inputs, and what its ops
+    make is compared one by one: what follows the first wrong one got wrong inputs. A bundle must have been recorded
+    with `--ops`.
 
-    Exit codes: 0 none found, 1 found, 2 usage or a bundle that cannot be read, 3 backend unavailable.
+    Exit codes: 0 none found, 1 found, or the second backend fails, 2 usage or a bundle that cannot be read, 3 backend
+    unavailable, or the first one fails.
     """
     from dsv4_hal.conformance.model_compare import bisect_live, bisect_recorded
+    from dsv4_hal.conformance.model_run import LIMIT
 
-    if model is None:
-        raise ValueError("name the model: --model DIR")
+    if model is None or (backends is None and against is None):
+        raise ValueError("name what to compare: --backends a,b --model DIR, or --against BUNDLE --model DIR")
     if against is not None:
         if backends is not None or any(option is not None for option in (mode, tokens, prompt, decode, chunk, seed)):
-            raise ValueError("--against BUNDLE says what was run: it goes with --model and --backend only")
+            raise ValueError("--against BUNDLE says what was run: it goes with --model, --backend and --limit only")
+        refuse_auto(backend)
         with telling() as tell:
-            found = bisect_recorded(model, against, backend, tell)
+            found = bisect_recorded(model, against, backend, tell, limit or LIMIT)
     else:
         names = backend_names(backends or "")
         if len(names) != 2:
@@ -67,7 +75,7 @@ def bisect(
             raise ValueError("--backend goes with --against; with --backends, the first one is compared with")
         plan = script(model, tokens, prompt, decode, chunk, seed)
         with telling() as tell:
-            found = bisect_live(model, names, known_mode(mode) or "deployed", plan, tell)
+            found = bisect_live(model, names, known_mode(mode) or "deployed", plan, tell, limit or LIMIT)
     _show(found)
     if found.place or found.compared.failed:
         raise typer.Exit(1)
@@ -75,12 +83,14 @@ def bisect(
 
 def _show(found: Bisected) -> None:
     """The ops of the part, and the first wrong one."""
-    from dsv4_hal.conformance.report import share
+    from dsv4_hal.conformance.cells import share
 
     console, head = common.console(), found.compared.head
     backend = head["backends"][0]
     for row in found.compared.failed:
-        console.print(escape(f"{row.name}: {row.verdict}: {row.message}"), soft_wrap=True, highlight=False)
+        console.print(escape(f"{backend}: {row.name}: {row.verdict}: {row.message}"), soft_wrap=True, highlight=False)
+    if found.compared.failed and not found.place:
+        return
     if not found.place:
         told = "in every part" if not found.calls else f"in all {len(found.calls)} calls of ops"
         console.print(escape(f"{backend} agrees with {head['baseline']} {told}"), soft_wrap=True, highlight=False)
@@ -93,7 +103,7 @@ def _show(found: Bisected) -> None:
         table.add_column(title, no_wrap=True)
     for call in sorted(shown, key=_order):
         depth = call.name.count("/") - 1
-        verdict = "agrees" if call.ok else "[red]wrong[/]"
+        verdict = "agrees" if call.ok else "[red]wrong[/]" if call is first else "[dim]follows[/]"
         table.add_row("  " * depth + call.op, head["ops"][backend].get(call.op, ""), share(call.of_budget), verdict)
     console.print(table)
     if first is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from dsv4_hal.cli import common
 from dsv4_hal.cli.conform import conclude, known_mode, progress
+from dsv4_hal.registry import FALLBACK
 
 if TYPE_CHECKING:
     from dsv4_hal.conformance.model_compare import Compared, Tell
@@ -33,7 +35,10 @@ Tokens = Annotated[
 Prompt = Annotated[list[str] | None, typer.Option(help="A text to continue; may be repeated.")]
 Decode = Annotated[int | None, typer.Option(help="Tokens to decode after the prompts; default 8.", min=0)]
 Chunk = Annotated[int | None, typer.Option(help="Prompt tokens in one step; default 128.", min=1)]
-Seed = Annotated[int | None, typer.Option(help="Seed of random prompts; default 0.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of random prompts; default 0.", min=0, max=2**64 - 1)]
+StepLimit = Annotated[
+    float | None, typer.Option("--limit", help="Seconds that a step may take; default 600.", min=0.1, max=86400)
+]
 Out = Annotated[Path | None, typer.Option(help="Write the reports here.")]
 
 
@@ -48,40 +53,49 @@ def compare(
     decode: Decode = None,
     chunk: Chunk = None,
     seed: Seed = None,
+    limit: StepLimit = None,
     out: Out = None,
 ) -> None:
     """Compare backends part by part on a model, or a recorded run with this machine.
 
-    `--backends a,b --model DIR`: every part of b from what a's saw, with its picks; then both freely.
+    `--backends a,b --model DIR`: every part of b from what a's saw, with its picks; then both freely. That b raises,
+    hangs or crashes is a difference; where a does, nothing can be compared.
     `--against BUNDLE`: cases of the contract with the reference here, as `conform` would. `--against BUNDLE --model
     DIR`: a model run recorded elsewhere.
 
-    Exit codes: 0 agrees, 1 disagrees, 2 usage or a bundle that cannot be read, 3 backend unavailable, 4 a waiver is
-    stale.
+    Exit codes: 0 agrees, 1 disagrees, 2 usage or a bundle that cannot be read, 3 backend unavailable, or the one that
+    others are compared with fails, 4 a waiver is stale.
     """
+    from dsv4_hal.conformance import saved
+    from dsv4_hal.conformance.model_compare import live
+    from dsv4_hal.conformance.model_run import LIMIT
+
     options = (mode, tokens, prompt, decode, chunk, seed)
     if against is not None:
         if backends is not None or any(option is not None for option in options):
-            raise ValueError("--against BUNDLE says what was run: it goes with --model, --backend and --out only")
+            raise ValueError(
+                "--against BUNDLE says what was run: it goes with --model, --backend, --limit and --out only"
+            )
+        refuse_auto(backend)
+        if model is None and limit is not None:
+            raise ValueError("--limit goes with --model DIR: to judge recorded cases no backend is run")
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)  # what can be wrong is found before anything runs
+            saved.folder(out, saved.OPS_FILE if model is None else saved.MODEL_FILE)
         if model is None:
             _recorded_cases(against, backend, out)
         else:
-            _recorded_model(against, model, backend, out)
+            _recorded_model(against, model, backend, limit or LIMIT, out)
         return
     if backends is None or model is None:
         raise ValueError("name what to compare: --backends a,b --model DIR, or --against BUNDLE")
     if backend != "reference":
         raise ValueError("--backend goes with --against; with --backends, the first one is compared with")
-    from dsv4_hal.conformance.model_compare import live
-
     names = backend_names(backends)
     plan = script(model, tokens, prompt, decode, chunk, seed)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        saved.folder(out, saved.MODEL_FILE)
     with telling() as tell:
-        found = live(model, names, known_mode(mode) or "deployed", plan, tell)
+        found = live(model, names, known_mode(mode) or "deployed", plan, tell, limit or LIMIT)
     conclude_model(found, out)
 
 
@@ -90,7 +104,15 @@ def backend_names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if len(names) < 2 or not all(names) or len(set(names)) != len(names):
         raise ValueError(f"--backends needs two or more different names with commas between them, got {text!r}")
+    for name in names:
+        refuse_auto(name)
     return names
+
+
+def refuse_auto(name: str) -> None:
+    """It stands for another backend, and who reads a report would not know for which."""
+    if name == "auto":
+        raise ValueError("auto is not a backend to compare: name one that `dsv4-hal backends` lists")
 
 
 def script(
@@ -101,11 +123,13 @@ def script(
     chunk: int | None,
     seed: int | None,
 ) -> Script:
-    """What is run: the prompts given, or random tokens."""
+    """What is run: the prompts given, or random tokens. ValueError where the model has no room for it."""
+    from dsv4_hal.conformance.model_run import check_room
     from dsv4_hal.conformance.replay import Script
     from dsv4_hal.model.tokenizer import encode, load_tokenizer
 
     cfg, directory = common.checkpoint(model)
+    steps = 8 if decode is None else decode
     if prompt:
         if tokens is not None or seed is not None:
             raise ValueError("--prompt gives the tokens: it does not go with --tokens or --seed")
@@ -113,30 +137,35 @@ def script(
         prompts = tuple(tuple(encode(tokenizer, text, cfg.bos_token_id)) for text in prompt)
     else:
         generator = torch.Generator().manual_seed(seed or 0)
+        lengths = _lengths("160,90" if tokens is None else tokens)
+        check_room(max(lengths) + steps, cfg)  # before they are drawn
         prompts = tuple(
-            tuple(torch.randint(cfg.vocab_size, (length,), generator=generator).tolist())
-            for length in _lengths(tokens or "160,90")
+            tuple(torch.randint(cfg.vocab_size, (length,), generator=generator).tolist()) for length in lengths
         )
-    return Script(prompts, 8 if decode is None else decode, chunk or 128)
+    plan = Script(prompts, steps, chunk or 128)
+    check_room(plan.room, cfg)
+    return plan
 
 
 def _lengths(text: str) -> list[int]:
-    try:
-        lengths = [int(part) for part in text.split(",")]
-    except ValueError:
-        lengths = []
-    if not lengths or min(lengths) < 1:
+    parts = text.split(",")
+    # No model has a context of twenty digits.
+    if not all(re.fullmatch("0*[1-9][0-9]{0,18}", part.strip(" ")) for part in parts):
         raise ValueError(f"--tokens must be whole numbers of at least 1 with commas between them, got {text!r}")
-    return lengths
+    return [int(part) for part in parts]
 
 
 def _recorded_cases(against: Path, backend: str, out: Path | None) -> None:
+    from dsv4_hal.conformance import container
+    from dsv4_hal.conformance.answers import LIVE
     from dsv4_hal.conformance.bundle import read_bundle
     from dsv4_hal.conformance.report import Run
     from dsv4_hal.conformance.runner import judge
 
     if backend != "reference":
         raise ValueError("cases of the contract are compared with the reference; --backend goes with a model's bundle")
+    if container.read_header(against)["kind"] == "model":
+        raise ValueError(f"{against} holds a whole model: add --model DIR")
     bundle = read_bundle(against)
     outcomes = []
     with progress(len(bundle.made)) as advance, torch.inference_mode():
@@ -145,16 +174,18 @@ def _recorded_cases(against: Path, backend: str, out: Path | None) -> None:
             advance()
     where = bundle.about.environment
     versions = {**where["program"], **where["machine"], "torch": where["packages"].get("torch", "unknown")}
+    versions["python"], _, _ = versions["python"].partition(",")  # without the path of its program
     told = ", ".join(f"{key} {versions[key]}" for key in ("dsv4-hal", "torch", "python", "system"))
     common.notes.print(escape(f"recorded with {told}"))
-    conclude(Run(bundle.backend, outcomes, bundle.about, bundle.waivers, bundle.extent), out)
+    unasked = LIVE if bundle.backend == FALLBACK else ()
+    conclude(Run(bundle.backend, outcomes, bundle.about, bundle.waivers, bundle.extent, unasked), out)
 
 
-def _recorded_model(against: Path, model: str, backend: str, out: Path | None) -> None:
+def _recorded_model(against: Path, model: str, backend: str, limit: float, out: Path | None) -> None:
     from dsv4_hal.conformance.model_compare import recorded
 
     with telling() as tell:
-        found = recorded(model, against, backend, tell)
+        found = recorded(model, against, backend, tell, limit)
     conclude_model(found, out)
 
 

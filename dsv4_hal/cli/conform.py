@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +17,8 @@ from rich.table import Table
 from dsv4_hal.cli import common
 from dsv4_hal.ops import FAMILIES, OPS, SIZES
 from dsv4_hal.registry import FALLBACK
+
+SHORTEST, LONGEST = 0.1, 86400.0  # seconds that a case may be given
 
 if TYPE_CHECKING:
     from dsv4_hal.conformance.report import Run
@@ -31,7 +33,7 @@ Mode = Annotated[str | None, typer.Option(help="exact or deployed; default both.
 Size = Annotated[str, typer.Option(help="Cases up to this size class: tiny, interpreted, quick or full.")]
 Grad = Annotated[bool, typer.Option("--grad", help="Gradients instead, in mode exact.")]
 Out = Annotated[Path | None, typer.Option(help="Write results.jsonl, junit.xml, report.md and report.html here.")]
-Limit = Annotated[float, typer.Option(help="Seconds that a case may take.", min=0.1, max=86400)]
+Limit = Annotated[float, typer.Option(help="Seconds that a case may take.", min=SHORTEST, max=LONGEST)]
 
 
 def conform(
@@ -44,7 +46,7 @@ def conform(
     out: Out = None,
     limit: Limit = 60.0,
     generate: Annotated[int, typer.Option(help="Draw so many cases of every op instead.", min=0, max=100000)] = 0,
-    seed: Annotated[int, typer.Option(help="Of what --generate draws.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of what --generate draws; default 0.")] = None,
     golden: Annotated[
         Path | None, typer.Option(help="Golden vectors, for the reference; default tests/data/tiny of the sources.")
     ] = None,
@@ -59,19 +61,22 @@ def conform(
 
     Exit codes: 0 agrees, 1 disagrees, 2 usage, 3 backend unavailable, 4 a waiver is stale.
     """
-    from dsv4_hal.conformance import runner
+    from dsv4_hal.conformance import runner, saved
     from dsv4_hal.conformance.answers import Answers, answers
     from dsv4_hal.conformance.report import Run
     from dsv4_hal.conformance.waivers import read_waivers
 
     if mutants:
-        if op or pattern or mode or grad or out or show_cases or golden or backend != "reference" or size != "quick":
+        others = (op, pattern, mode, grad, out, show_cases, golden, generate, seed is not None)
+        if any(others) or (backend, size, limit) != ("reference", "quick", runner.LIMIT):
             raise ValueError(
                 "--mutants runs all wrong backends on the cases of their ops; it goes with no other option"
             )
         raise typer.Exit(_mutants())
     if generate and (pattern or grad or show_cases):
         raise ValueError("--generate draws cases of its own: it does not go with -p, --grad or --list")
+    if seed is not None and not generate:
+        raise ValueError("--seed goes with --generate")
     known = Answers()
     if backend == FALLBACK and not grad and not generate:
         one = known_mode(mode)
@@ -87,59 +92,65 @@ def conform(
         typer.echo("\n".join([*dict.fromkeys(job.case for job in work), *known.ids]))
         return
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)  # what can be wrong is found before the cases run
+        saved.folder(out, saved.OPS_FILE)
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the worker has the other half
     outcomes: list[runner.Outcome] = []
-    interrupted = False
+    interrupted_of: int | None = None
     with runner.Worker(backend, runner.modes(work)) as worker:
         waivers = read_waivers(Path(worker.about.waivers))
         work, extent = within(backend, work, worker.about, size)
-        drawn = generate * len({(job.op, job.mode) for job in work})
-        total = drawn if generate else len(work)
+        if generate:
+            extent = runner.Extent(extent.size, extent.affords, seed=seed or 0)
+            ops, modes = {job.op: None for job in work}, runner.modes(work)
+            total, bar = generate * len(ops) * len(modes), progress(len(ops), "ops")
+            found = _drawn(worker, list(ops), generate, modes, extent, limit)
+        else:
+            total = len(work) + len(known.ids)
+            bar, found = progress(total), _listed(worker, work, known.outcomes(), limit)
         try:
-            with progress(total) as advance:
-                for outcome in (
-                    _drawn(worker, work, generate, seed, extent, limit) if generate else _listed(worker, work, limit)
-                ):
-                    outcomes.append(outcome)
+            with bar as advance:
+                for some in found:
+                    outcomes += some
                     advance()
-                outcomes += known.outcomes()
         except KeyboardInterrupt:
-            interrupted = True
-            common.notes.print(f"[yellow]interrupted[/] after {len(outcomes)} of {total} cases")
-    conclude(Run(backend, outcomes, worker.about, waivers, extent, known.unasked), out, interrupted)
+            interrupted_of = total
+    conclude(Run(backend, outcomes, worker.about, waivers, extent, known.unasked, interrupted_of), out)
 
 
-def _listed(worker: Worker, work: Sequence[Job], limit: float) -> Iterator[Outcome]:
+def _listed(worker: Worker, work: Sequence[Job], known: Iterable[Outcome], limit: float) -> Iterator[list[Outcome]]:
     from dsv4_hal.conformance import runner
 
     for job, made in worker.map(work, limit):
-        yield runner.judge(worker.backend, job, made)
+        yield [runner.judge(worker.backend, job, made)]
+    for outcome in known:
+        yield [outcome]
 
 
 def _drawn(
-    worker: Worker, work: Sequence[Job], count: int, seed: int, extent: Extent, limit: float
-) -> Iterator[Outcome]:
-    """Cases that are drawn, of the same ops and in the same modes."""
+    worker: Worker, ops: Sequence[str], count: int, modes: Sequence[str], extent: Extent, limit: float
+) -> Iterator[list[Outcome]]:
+    """Cases that are drawn, op by op."""
     from dsv4_hal.conformance.generated import generate
-    from dsv4_hal.conformance.runner import modes
 
-    ops = tuple(dict.fromkeys(job.op for job in work))
     try:
-        yield from generate(worker, ops, count, modes(work), extent.classes[-1], seed, limit)
+        yield from generate(worker, ops, count, modes, extent.classes[-1], extent.seed or 0, limit)
     except ImportError as error:
         raise RuntimeError(f"--generate needs hypothesis: pip install 'dsv4-hal[fuzz]' ({error})") from error
 
 
-def conclude(run: Run, out: Path | None, interrupted: bool = False) -> None:
-    """Show a run, write its files, and leave with its exit code."""
+def conclude(run: Run, out: Path | None) -> None:
+    """Show a run, write its files, and leave with its exit code. One that was interrupted does not replace another that
+    was not."""
+    from dsv4_hal.conformance import saved
     from dsv4_hal.conformance.report import write
 
     show(run)
-    if out is not None:
+    if out is not None and run.interrupted and saved.finished(out):
+        common.notes.print(f"[yellow]not written: {escape(str(out))} holds a run that came to its end[/]")
+    elif out is not None:
         write(run, out)
         common.notes.print(f"[dim]written: {escape(str(out))}/results.jsonl, junit.xml, report.md, report.html[/]")
-    if interrupted:
+    if run.interrupted:
         raise KeyboardInterrupt
     if run.failed:
         raise typer.Exit(1)
@@ -224,21 +235,26 @@ def chosen_ops(names: Sequence[str]) -> list[str]:
 
 
 def show(run: Run) -> None:
-    from dsv4_hal.conformance.report import rows, share
+    from dsv4_hal.conformance.report import rows
+    from dsv4_hal.conformance.text import one_line
 
     table = Table()
     for title in ("op", "runs as", "cases", "failed", "of budget"):
         table.add_column(title, no_wrap=True)
     for row in rows(run):
         failed = f"[red]{row['failed']}[/]" if row["failed"] else "0"
-        table.add_row(row["op"], row["runs_as"], str(row["cases"]), failed, share(row["of_budget"]))
+        table.add_row(row["op"], row["runs_as"], str(row["cases"]), failed, row["of_budget"])
     console = common.console()
     console.print(table)
     for outcome in run.outcomes:
         if not outcome.ok:
             waiver = run.waiver(outcome)
             told = f"waived {waiver.date} ({waiver.reason})" if waiver else outcome.verdict
-            console.print(escape(f"{outcome.id}: {told}: {outcome.message}"), soft_wrap=True, highlight=False)
+            line = one_line(f"{outcome.id}: {told}: {outcome.message}")
+            console.print(escape(line), soft_wrap=True, highlight=False)
+    for op, why in run.refused.items():
+        line = one_line(f"{op} of its own is not used: {why}")
+        console.print(escape(line), soft_wrap=True, highlight=False)
     for waiver in run.stale:
         console.print(escape(f"stale waiver: {waiver.case} of {waiver.date}: no case of it fails"), soft_wrap=True)
     for told in run.unasked:
@@ -272,9 +288,10 @@ def _clear(of_budget: float | None) -> str:
 class progress:
     """A bar on standard error, where there is a terminal to see it; `with` gives the function that advances it."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, what: str = "cases") -> None:
+        self.what = what
         self.bar = Progress(
-            TextColumn("cases"),
+            TextColumn(what),
             BarColumn(),
             MofNCompleteColumn(),
             console=common.notes,
@@ -285,7 +302,7 @@ class progress:
 
     def __enter__(self):  # type: ignore[no-untyped-def]
         self.bar.start()
-        task = self.bar.add_task("cases", total=self.total)
+        task = self.bar.add_task(self.what, total=self.total)
         return lambda: self.bar.advance(task)
 
     def __exit__(self, *error: object) -> None:

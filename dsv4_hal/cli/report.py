@@ -20,10 +20,11 @@ def report(
     Exit codes: 0 written, whatever the verdicts on it; 2 usage, or results that cannot be read.
     """
     from dsv4_hal.conformance import html, saved
+    from dsv4_hal.conformance.text import counted
 
     if out.suffix != ".html":  # never over results
         raise ValueError(f"--out must be a file whose name ends in .html, got {out}")
     found = [run for path in runs for run in saved.read(path)]
     out.parent.mkdir(parents=True, exist_ok=True)
     html.write(found, out)
-    typer.echo(f"{out}: {len(found)} run{'' if len(found) == 1 else 's'}, {out.stat().st_size / 1e6:.1f} MB")
+    typer.echo(f"{out}: {counted(len(found), 'run')}, {out.stat().st_size / 1e6:.1f} MB")

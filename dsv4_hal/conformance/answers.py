@@ -10,6 +10,8 @@ from dsv4_hal.conformance import closed_forms, golden, transformers_oracle
 from dsv4_hal.conformance.runner import MODES, Outcome, oracles
 from dsv4_hal.ops import OPS
 
+LIVE = (f"closed forms and {golden.NAME}: a bundle holds the cases of the contract, and these are asked of a live run",)
+
 
 @dataclass(frozen=True)
 class Answers:

@@ -8,22 +8,24 @@ print shows that this machine draws the same. The code that judges a live run ju
 
 from __future__ import annotations
 
-import datetime
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from dsv4_hal.conformance import container
 from dsv4_hal.conformance.container import BundleError
-from dsv4_hal.conformance.runner import WHOLE, About, Extent, Job, Produced
+from dsv4_hal.conformance.named import named
+from dsv4_hal.conformance.runner import GRAD, MODES, PASSED, VERDICTS, WHOLE, About, Extent, Job, Produced
 from dsv4_hal.conformance.transport import Packed
 from dsv4_hal.conformance.waivers import Waiver
-from dsv4_hal.ops import OPS
+from dsv4_hal.ops import OPS, SIZES, cases
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,45 @@ class Bundle:
     made: tuple[tuple[Job, Produced], ...]
     waivers: tuple[Waiver, ...]
     extent: Extent = WHOLE
+
+
+@dataclass(frozen=True)
+class _Result:
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    device: str
+
+
+@dataclass(frozen=True)
+class _Case:
+    op: str
+    case: str
+    mode: str
+    size: str
+    runs_as: str
+    device: str
+    verdict: str
+    message: str
+    seconds: float
+    results: Mapping[str, _Result] | None
+
+
+@dataclass(frozen=True)
+class _Header:
+    backend: str
+    profiles: Mapping[str, Mapping[str, object]]
+    environment: Mapping[str, Mapping[str, str]]
+    extent: Extent
+    contract: str
+    inputs: str
+    waivers: Sequence[Waiver]
+    cases: Sequence[_Case]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+_HEADER = TypeAdapter(_Header)
+NEEDED = (("program", "dsv4-hal"), ("packages", "torch"), ("machine", "python"), ("machine", "system"))
 
 
 def write_bundle(
@@ -68,6 +109,7 @@ def write_bundle(
         "backend": backend,
         "profiles": about.profiles,
         "environment": about.environment,
+        "refused": about.refused,
         "extent": asdict(extent),
         "contract": contract(),
         "inputs": inputs(),
@@ -79,43 +121,85 @@ def write_bundle(
 
 def read_bundle(path: Path) -> Bundle:
     """A bundle that this version can judge. BundleError names the file and why it cannot be."""
-    header, tensors = container.read(path, "ops")
-    by = header["environment"]["packages"] | header["environment"]["program"]
-    if header["contract"] != contract():
-        raise BundleError(f"{path}: made by dsv4-hal {by['dsv4-hal']}, whose cases are others than those here")
-    if header["inputs"] != inputs():
-        raise BundleError(f"{path}: torch {by['torch']} drew other inputs there than {torch.__version__} does here")
-    waivers = (Waiver(**{**w, "date": datetime.date.fromisoformat(w["date"])}) for w in header["waivers"])
-    extent = Extent(**header["extent"])
-    about = About("", header["profiles"], header["environment"], extent.affords)
-    return Bundle(header["backend"], about, tuple(_made(header["cases"], tensors)), tuple(waivers), extent)
+    plain, tensors = container.read(path, "ops")
+    try:
+        header = _HEADER.validate_python(plain)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise BundleError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    for section, name in NEEDED:
+        if name not in header.environment.get(section, {}):
+            raise BundleError(f"{path}: environment.{section}.{name}: Field required")
+    by, torch_there = header.environment["program"]["dsv4-hal"], header.environment["packages"]["torch"]
+    if header.contract != contract():
+        raise BundleError(f"{path}: made by dsv4-hal {by}, whose cases are others than those here")
+    if header.inputs != inputs():
+        raise BundleError(f"{path}: torch {torch_there} drew other inputs there than {torch.__version__} does here")
+    if not {header.extent.size, header.extent.affords} <= set(SIZES):
+        raise BundleError(f"{path}: extent: a size class must be one of {', '.join(SIZES)}")
+    made = tuple(_made(path, header.cases, tensors))
+    if not made:
+        raise BundleError(f"{path}: cases: there are none")
+    about = About("", header.profiles, header.environment, header.extent.affords, header.refused)
+    return Bundle(header.backend, about, made, tuple(header.waivers), header.extent)
 
 
-def _made(cases: Iterable[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[Job, Produced]]:
+def _made(path: Path, cases: Iterable[_Case], tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[Job, Produced]]:
+    """BundleError names the case that is wrong."""
+    seen = set[str]()
     for case in cases:
-        job = Job(case["op"], case["case"], case["mode"], case["size"])
+        job = Job(case.op, case.case, case.mode, case.size)
+        if wrong := "it is there twice" if job.id in seen else _wrong(case):
+            raise BundleError(f"{path}: {job.id}: {wrong}")
+        seen.add(job.id)
         results = None
-        if case["results"] is not None:
-            results = {
-                name: Packed(
-                    tensors[f"{job.id}/{name}"].numpy().tobytes(),
-                    getattr(torch, about["dtype"]),
-                    tuple(about["shape"]),
-                    tuple(about["strides"]),
-                    about["device"],
-                )
-                for name, about in case["results"].items()
-            }
-        yield (
-            job,
-            Produced(case["runs_as"], case["device"], results, case["verdict"], case["message"], case["seconds"]),
-        )
+        if case.results is not None:
+            results = {name: _packed(path, f"{job.id}/{name}", told, tensors) for name, told in case.results.items()}
+        yield job, Produced(case.runs_as, case.device, results, case.verdict, case.message, case.seconds)
 
 
+def _wrong(case: _Case) -> str:
+    """What is wrong with what a bundle says of a case; "" if nothing."""
+    try:
+        named(case.case)
+    except ValueError as error:
+        return str(error)
+    if case.case.partition("[")[0] != case.op:
+        return f"it is no case of {case.op}"
+    if case.mode not in (*MODES, GRAD):
+        return f"{case.mode!r} is no mode"
+    if case.size not in SIZES:
+        return f"{case.size!r} is no size class"
+    if case.results is None and (case.verdict not in VERDICTS or case.verdict in PASSED):
+        return f"it has no results, and {case.verdict!r} does not say why"
+    if case.results is not None and case.verdict:
+        return f"it has results, and a verdict {case.verdict!r}"
+    return ""
+
+
+def _packed(path: Path, name: str, told: _Result, tensors: Mapping[str, torch.Tensor]) -> Packed:
+    """A result, which must fit its dtype, shape and strides."""
+    dtype = getattr(torch, told.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise BundleError(f"{path}: {name}: {told.dtype!r} is no dtype")
+    if len(told.shape) != len(told.strides) or min((*told.shape, *told.strides), default=0) < 0:
+        raise BundleError(f"{path}: {name}: strides {told.strides} do not fit shape {told.shape}")
+    if name not in tensors:
+        raise BundleError(f"{path}: {name}: its bytes are missing")
+    data = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    size = 0 if told.device == "meta" else math.prod(told.shape) * dtype.itemsize
+    if len(data) != size:
+        raise BundleError(f"{path}: {name}: {len(data)} bytes, and {told.dtype} of shape {told.shape} takes {size}")
+    return Packed(data, dtype, told.shape, told.strides, told.device)
+
+
+@cache
 def contract() -> str:
-    """A fingerprint of the ops and their cases: a bundle is judged by the cases it was made of."""
-    names = [case.id for spec in OPS.values() for case in spec.cases()]
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+    """A fingerprint of the ops, their cases, and what makes these: a bundle is judged by the cases it was made of."""
+    digest = hashlib.sha256("\n".join(case.id for spec in OPS.values() for case in spec.cases()).encode())
+    for file in sorted(Path(cases.__file__).parent.glob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def inputs() -> str:

@@ -14,7 +14,7 @@ STATES = {  # the worst first: mark, and what it means
     "fails": ("✕", "fails"),
     "waived": ("⚑", "fails, and a waiver covers it"),
     "shapes": ("▢", "right in shapes and dtypes; no values compared"),
-    "borrowed": ("○", "agrees, by code that is not the backend’s own"),
+    "borrowed": ("○", "agrees, by code that is not the backend’s own, or by its parts"),
     "agrees": ("✓", "agrees, by the backend’s own code"),
 }
 

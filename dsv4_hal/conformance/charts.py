@@ -20,18 +20,23 @@ TICKS = 8  # names along an axis, at most
 
 
 def distributions(outcomes: Iterable[tuple[Outcome, str]]) -> list[dict[str, Any]]:
-    """Of the cases whose values were compared, each with its state: share of the budget, and relative error."""
-    shares, errors = [], []
+    """Of the cases whose values were compared, each with its state: share of the budget, and relative error. One that
+    failed by a result without such an error has none: that of its other results would make it look right."""
+    shares, errors, unmeasured = [], [], 0
     for outcome, state in outcomes:
         if outcome.metrics:
             shares.append((0.0 if outcome.of_budget is None else outcome.of_budget, state))
             nmse = [found["nmse"] for found in outcome.metrics.values() if "nmse" in found]
-            if nmse:
-                errors.append((math.sqrt(max(nmse, key=magnitude)), state))
+            worst = max(nmse, key=magnitude, default=None)
+            if not outcome.ok and outcome.of_budget == math.inf and (worst is None or math.isfinite(worst)):
+                unmeasured += 1
+            elif worst is not None:
+                errors.append((math.sqrt(worst), state))
     found = [
         {"title": "share of budget", "zero": "0 or exact", "limit": _across(0, -3, 2), **histogram(shares, -3, 2, 4)},
         {"title": "relative error (RMS)", "zero": "0", "limit": None, **histogram(errors, -12, 0, 2)},
     ]
+    found[0]["missing"], found[1]["missing"] = 0, unmeasured
     return [chart for chart in found if chart["count"]]
 
 

@@ -186,6 +186,8 @@ def nmse(got: Tensor, want: Tensor, budget: Budget, device: str | None = None) -
     if wrong := _structure(got, want, device):
         return Comparison(False, {}, wrong)
     metrics, over = measure(got, want), []
+    if math.isinf(metrics["nmse"]) and (wrong := _misplaced(got, want)):
+        return Comparison(False, metrics, wrong)
     if not metrics["nmse"] <= budget.rms**2:
         over.append(f"nmse {metrics['nmse']:.3g} over {budget.rms**2:.3g}")
     if not metrics["max_rel"] <= budget.largest:
@@ -193,12 +195,28 @@ def nmse(got: Tensor, want: Tensor, budget: Budget, device: str | None = None) -
     return Comparison(not over, metrics, "; ".join(over))
 
 
+def _misplaced(got: Tensor, want: Tensor) -> str:
+    """What is wrong with infinities and NaN, of which no error can be measured; "" if they stand where they should."""
+    a, b = got.cpu().double().flatten(), want.cpu().double().flatten()
+    wrong = ~(a.isfinite() & b.isfinite()) & ~_alike(a, b)
+    if not (count := int(wrong.sum())):
+        return ""
+    first = int(wrong.nonzero()[0])
+    return (
+        f"{count} of {len(a)} elements are NaN or infinite where the reference is not, or the reverse, "
+        f"the first at {first}: {a[first].item():.6g}, expected {b[first].item():.6g}"
+    )
+
+
+def _alike(a: Tensor, b: Tensor) -> Tensor:
+    return (a == b) | (a.isnan() & b.isnan())
+
+
 def measure(got: Tensor, want: Tensor) -> dict[str, float]:
     """The numbers a report shows. Infinities and NaN must stand in the same places, or every error is infinite."""
     a, b = got.cpu().double().flatten(), want.cpu().double().flatten()
     finite = a.isfinite() & b.isfinite()
-    alike = (a == b) | (a.isnan() & b.isnan())
-    if not alike[~finite].all():
+    if not _alike(a, b)[~finite].all():
         return dict.fromkeys(("nmse", "max_abs", "max_rel"), math.inf) | dict.fromkeys(("cosine", "1e-3", "5e-3"), 0.0)
     a, b = a[finite], b[finite]
     if not len(b):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from dsv4_hal.conformance.files import whole
 
 FORMAT = "3"
 KINDS = {"ops": "cases of the contract (`record`)", "model": "a whole model (`record --model`)"}
@@ -30,12 +31,11 @@ def write(path: Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str
     """The file appears whole or not at all; FileExistsError if there is one already."""
     refuse_existing(path)
     text = json.dumps({"format": FORMAT, "kind": kind, **header})
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        save_file(dict(tensors), partial, {"dsv4_hal": text, "sum": checksum(text, tensors)})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as partial:
+        try:
+            save_file(dict(tensors), partial, {"dsv4_hal": text, "sum": checksum(text, tensors)})
+        except SafetensorError as error:  # of a full disk, too
+            raise BundleError(f"{path}: cannot be written: {error}") from error
 
 
 def refuse_existing(path: Path) -> None:
@@ -60,6 +60,8 @@ def read(path: Path, kind: str | None = None) -> tuple[dict[str, Any], dict[str,
 
 def read_header(path: Path) -> dict[str, Any]:
     """The header alone, its sum unchecked."""
+    if path.exists() and not path.is_file():
+        raise BundleError(f"{path}: not a regular file")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -72,6 +74,8 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         header = json.loads(metadata["dsv4_hal"])
         known = header["format"] == FORMAT
+    except RecursionError as error:
+        raise BundleError(f"{path}: damaged: its header is nested too deeply") from error
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path}: damaged: its header cannot be read") from error
     if not known:

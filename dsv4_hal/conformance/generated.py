@@ -32,15 +32,16 @@ class Disagreement(Exception):
 
 def generate(
     worker: Worker, ops: Sequence[str], count: int, modes: Sequence[str], size: str, seed: int = 0, limit: float = LIMIT
-) -> Iterator[Outcome]:
-    """Outcomes of `count` drawn cases of every op: those that agree, and of an op that fails the smallest failure.
+) -> Iterator[list[Outcome]]:
+    """Op by op, outcomes of `count` drawn cases, or fewer where there are no more: those that agree, up to a failure,
+    and the smallest case that fails. What shrinking tries is not counted.
 
     size  with the bounds of the smaller size classes where it is one of them
     ImportError where hypothesis is not installed.
     """
     most = FEW if size in SIZES[:2] else 140
     for op in ops:
-        yield from _outcomes(worker, op, count, modes, most, zlib.crc32(f"{op} {seed}".encode()), limit)
+        yield _outcomes(worker, op, count, modes, most, zlib.crc32(f"{op} {seed}".encode()), limit)
 
 
 def _outcomes(
@@ -49,6 +50,7 @@ def _outcomes(
     import hypothesis
 
     known: dict[str, list[Outcome]] = {}
+    agreed: list[Outcome] = []  # before there was a failure
     failed: list[Outcome] = []  # of the smallest case that failed so far
     until = [float("inf")]
 
@@ -67,7 +69,10 @@ def _outcomes(
         if id not in known:
             if time.monotonic() > until[0]:
                 return  # out of patience: what is not known to fail passes, and shrinking comes to an end
-            known[id] = [_outcome(worker, Job(op, id, mode), limit) for mode in modes]
+            work = [Job(op, id, mode) for mode in modes]
+            known[id] = [judge(worker.backend, job, worker.produce(job, limit)) for job in work]
+            if not failed and all(outcome.ok for outcome in known[id]):
+                agreed.extend(known[id])
         wrong = [outcome for outcome in known[id] if not outcome.ok]
         if wrong:
             until[0] = min(until[0], time.monotonic() + PATIENCE)
@@ -76,17 +81,7 @@ def _outcomes(
 
     with contextlib.suppress(Disagreement):
         run()
-    return [outcome for outcomes in known.values() for outcome in outcomes if outcome.ok] + failed
-
-
-def _outcome(worker: Worker, job: Job, limit: float) -> Outcome:
-    """Where even the reference or the oracle cannot run a case that the contract allows, that is a finding too."""
-    made = worker.produce(job, limit)
-    try:
-        return judge(worker.backend, job, made)
-    except Exception as error:
-        told = f"it cannot be judged: {type(error).__name__}: {error}"
-        return Outcome(worker.backend, job.op, job.case, job.mode, made.runs_as, "error", told, seconds=made.seconds)
+    return agreed + failed
 
 
 def ids(op: str, most: int) -> SearchStrategy[str]:

@@ -1,15 +1,18 @@
 """Watching a backend while it runs: what it must not change, it must not change.
 
 Its inputs stay as they were, the batch and its plan included; memory around `out` too. Of a pool of cache rows only the
-blocks of the batch's own sequences may change, of a compressor's state only their slots. And a result is new: one that
-lies in the memory of an earlier result changes that one.
+blocks of the batch's own sequences may change, of a compressor's state only their slots. What the call before was
+given and returned, and the op's own call before, stays too. And a result is new: one that lies in the memory of an
+earlier result changes that one. State of the whole process, as torch's default dtype, is nobody's to change.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial, wraps
 from typing import Any
 
@@ -31,38 +34,112 @@ class Misconduct(Exception):
     """A backend wrote where it must not. The message names the op and the argument."""
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call that was made.
+
+    given     what else can still see of its arguments
+    returned  kept, so that nobody else can be given this memory
+    """
+
+    op: str
+    given: list[weakref.ref[Tensor]]
+    returned: list[Tensor]
+
+
+_LAST = ""  # among the earlier calls: the last one, of whatever op
+
+
 def watch(ops: Resolved) -> None:
     """From now on every op called on `ops` raises Misconduct where it changed what it must not."""
-    earlier: dict[str, list[Tensor]] = {}
+    earlier: dict[str, _Call] = {}
     for op, spec in OPS.items():
         setattr(ops, op, _watched(op, inspect.signature(spec.definition), getattr(ops, op), earlier))
 
 
 def _watched(
-    op: str, signature: inspect.Signature, run: Callable[..., Any], earlier: dict[str, list[Tensor]]
+    op: str, signature: inspect.Signature, run: Callable[..., Any], earlier: dict[str, _Call]
 ) -> Callable[..., Any]:
     @wraps(run)
     def call(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(None, *args, **kwargs).arguments
-        before = [(name, look, look()) for name, look in _looks(op, given)]
+        past = [earlier[name] for name in dict.fromkeys((op, _LAST)) if name in earlier]
+        before = [(name, look, look()) for name, look in (*_looks(op, given), *_past_looks(past, given))]
         result = run(*args, **kwargs)
         for name, look, was in before:
             if look() != was:
                 raise Misconduct(f"{op} {name}")
-        own = {_memory(t) for value in given.values() for t in _tensors(value)}
+        arguments = [t for value in given.values() for t in _tensors(value)]
+        own = {_memory(t) for t in arguments}
         new = [t for t in _tensors(result) if t.numel() and _memory(t) not in own]
-        if {_memory(t) for t in new} & {_memory(t) for t in earlier.get(op, [])}:
+        if op in earlier and {_memory(t) for t in new} & {_memory(t) for t in earlier[op].returned}:
             raise Misconduct(f"{op} returned the memory of an earlier result")
-        earlier[op] = new  # kept, so that nobody else can be given this memory
+        earlier[op] = earlier[_LAST] = _Call(op, [weakref.ref(t) for t in arguments], new)
         return result
 
     return call
 
 
+def _past_looks(past: Iterable[_Call], given: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], list[bytes]]]]:
+    """The same for what earlier calls were given and returned, but for what this one may write to."""
+    written = {_memory(t) for name, value in given.items() if name in WRITES for t in _tensors(value)}
+    for call in {id(call): call for call in past}.values():
+        was_given = [t for t in (ref() for ref in call.given) if t is not None]
+        for told, tensors in (("returned", call.returned), ("was given", was_given)):
+            kept = tuple(t for t in tensors if t.numel() and _memory(t) not in written)
+            yield f"changed what an earlier call of {call.op} {told}", partial(_contents, kept, False)
+
+
+def state() -> dict[str, Any]:
+    """State of the process that no op may change, and every other code in it reads."""
+    return {name: read() for name, (read, _) in _STATE.items()} | {_VARIABLES: dict(os.environ)}
+
+
+def restored(before: Mapping[str, Any]) -> list[str]:
+    """Puts back what has changed since, and names it."""
+    changed = [name for name, (read, _) in _STATE.items() if read() != before[name]]
+    for name in changed:
+        _STATE[name][1](before[name])
+    # New ones are none of it: libraries set variables of their own where they are first used.
+    if not before[_VARIABLES].items() <= os.environ.items():
+        os.environ.update(before[_VARIABLES])
+        changed.append(_VARIABLES)
+    return changed
+
+
+def _device() -> torch.device | None:
+    device = torch.get_default_device()
+    return None if device.type == "cpu" else device  # None is how it is reset
+
+
+def _directory() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was removed
+        return None
+
+
+def _change_directory(path: str | None) -> None:
+    if path is not None:
+        os.chdir(path)
+
+
+_VARIABLES = "variables of the environment"
+_STATE: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "the default device": (_device, torch.set_default_device),
+    "whether gradients are recorded": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "the number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "whether algorithms are deterministic": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    "the working directory": (_directory, _change_directory),
+}
+
+
 def _looks(op: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], list[bytes]]]]:
     """(what is wrong if it changes, a function that reads it) for everything that must stay."""
-    for name in given.keys() - WRITES:
-        yield f"changed its input {name}", partial(_contents, given[name], op == "plan")
+    for name, value in given.items():
+        if name not in WRITES:
+            yield f"changed its input {name}", partial(_contents, value, op == "plan")
     out, batch = given.get("out"), given.get("batch")
     if isinstance(out, Tensor) and not out.is_meta:
         yield "wrote outside of out", lambda: [_around(out)]

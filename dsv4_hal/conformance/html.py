@@ -18,11 +18,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dsv4_hal.conformance import charts
+from dsv4_hal.conformance import charts, files
 from dsv4_hal.conformance.cells import STATES, Cell, gather, share, state
 from dsv4_hal.conformance.drift import GOOD, Free, Part, Picks
 from dsv4_hal.conformance.runner import DEFAULT_SIZE, up_to
-from dsv4_hal.conformance.saved import ModelRun, OpsRun, SavedOutcome, SavedWaiver, Sections
+from dsv4_hal.conformance.saved import ModelRun, OpsRun, SavedOutcome, SavedWaiver, Sections, printable
+from dsv4_hal.conformance.text import counted
 from dsv4_hal.ops import OPS
 
 FOLDER = Path(__file__).parent / "page"
@@ -32,7 +33,7 @@ TITLES = {"nmse": "NMSE", "max_abs": "max abs", "max_rel": "max rel", "1e-3": "w
 
 def write(runs: Sequence[OpsRun | ModelRun], path: Path) -> None:
     """Write the page of these runs. ValueError where the same one is given twice."""
-    path.write_text(page(runs), encoding="utf-8")
+    files.write({path: page(runs)})
 
 
 def page(runs: Sequence[OpsRun | ModelRun]) -> str:
@@ -56,6 +57,7 @@ def page(runs: Sequence[OpsRun | ModelRun]) -> str:
     environment.filters |= {
         "share": share,
         "number": number,
+        "counted": counted,
         "state": state,
         "command": command,
         "results": results,
@@ -69,7 +71,7 @@ def page(runs: Sequence[OpsRun | ModelRun]) -> str:
         models=[_model(label, run) for label, run in models.items()],
         numerics=_side_by_side(_profiles(ops, models)),
         environments=_side_by_side(_environments(ops, models)),
-        places=places,
+        places=[printable(str(place)) for place in places],
         states=STATES,
         titles=TITLES,
         good=GOOD,
@@ -110,7 +112,8 @@ def _labelled(runs: Sequence[OpsRun | ModelRun]) -> dict[str, OpsRun | ModelRun]
         for run in runs
     ]
     labels = [
-        name if names.count(name) == 1 else f"{name} ({run.place})" for name, run in zip(names, runs, strict=True)
+        name if names.count(name) == 1 else printable(f"{name} ({run.place})")
+        for name, run in zip(names, runs, strict=True)
     ]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise ValueError(f"two runs are called {twice}")
@@ -132,6 +135,8 @@ def _summary(label: str, run: OpsRun, cells: Sequence[Cell]) -> dict[str, Any]:
     seen = {cell.state for cell in cells}
     if "fails" in seen:
         told = ("fails", "disagrees")
+    elif run.head.interrupted_of is not None:
+        told = ("waived", f"interrupted after {len(run.outcomes)} of {counted(run.head.interrupted_of, 'case')}")
     elif stale:
         told = ("waived", "a waiver is stale")
     elif "waived" in seen:

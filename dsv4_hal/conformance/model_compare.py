@@ -16,13 +16,15 @@ from typing import Any
 from dsv4_hal.backend import BackendError
 from dsv4_hal.conformance import drift, model_run
 from dsv4_hal.conformance.drift import GOOD, Call, Part, Picks, Row
-from dsv4_hal.conformance.model_run import PROGRESS, ModelRun
+from dsv4_hal.conformance.model_run import LIMIT, PROGRESS, ModelRun
 from dsv4_hal.conformance.replay import Script
+from dsv4_hal.conformance.text import counted
 from dsv4_hal.environment import emulated
-from dsv4_hal.registry import FALLBACK
+from dsv4_hal.registry import FALLBACK, registered
 
 Tell = Callable[[str], PROGRESS]
 """Told what begins; returns what is called with its progress."""
+LOST = "process"  # in place of a part, where a backend failed on the way
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,18 @@ class Compared:
         return [row for row in self.rows if row.verdict not in GOOD]
 
 
-def live(directory: str, backends: Sequence[str], mode: str, script: Script, tell: Tell) -> Compared:
-    """The first backend against each of the others. BackendError where the first one cannot run the model."""
+def live(
+    directory: str, backends: Sequence[str], mode: str, script: Script, tell: Tell, limit: float = LIMIT
+) -> Compared:
+    """The first backend against each of the others. One that fails on the way is an error among the rows.
+
+    limit  seconds that a step may take
+    BackendError, before anything is run, where one cannot be used; and where the first one fails: nothing can be
+    compared with it.
+    """
     base, *others = backends
-    with _Runs(directory, tell) as runs:
+    check_usable(directory, backends, mode)
+    with _Runs(directory, tell, limit) as runs:
         want = runs.record(base, mode, script)
         narrow, wide = runs.budget(want)
         found: list[Row] = []
@@ -56,9 +66,18 @@ def live(directory: str, backends: Sequence[str], mode: str, script: Script, tel
     return Compared(_head(directory, base, others, known, want), found)
 
 
-def recorded(directory: str, bundle: Path, backend: str, tell: Tell) -> Compared:
-    """A run recorded elsewhere against a backend here."""
-    with _Runs(directory, tell, bundle) as runs:
+def check_usable(directory: str, backends: Sequence[str], mode: str) -> None:
+    """BackendError where one of them cannot be used. The first one's own run tells what is wrong with it."""
+    for backend in backends:
+        registered(backend)
+    for backend in backends[1:]:
+        if backend != FALLBACK:
+            model_run.check_usable(directory, backend, mode)
+
+
+def recorded(directory: str, bundle: Path, backend: str, tell: Tell, limit: float = LIMIT) -> Compared:
+    """A run recorded elsewhere against a backend here. BackendError where the latter fails."""
+    with _Runs(directory, tell, limit, bundle) as runs:
         got = runs.given
         want = runs.replay(backend)
         narrow, wide = runs.budget(want)
@@ -84,28 +103,40 @@ class Bisected:
         return next((call for call in self.calls if not call.ok), None)
 
 
-def bisect_live(directory: str, backends: Sequence[str], mode: str, script: Script, tell: Tell) -> Bisected:
-    """The first call of an op that the second backend makes wrong, in the first part that is beyond its budget."""
+def bisect_live(
+    directory: str, backends: Sequence[str], mode: str, script: Script, tell: Tell, limit: float = LIMIT
+) -> Bisected:
+    """The first call of an op that the second backend makes wrong, in the first part that is beyond its budget.
+
+    limit and BackendError as in `live`. Where the second backend fails on the way, no call is found, and that it did is
+    the last row.
+    """
     base, backend = backends
-    with _Runs(directory, tell) as runs:
+    check_usable(directory, backends, mode)
+    with _Runs(directory, tell, limit) as runs:
         want = runs.record(base, mode, script)
         narrow, wide = runs.budget(want)
-        got = runs.replay(backend)
-        compared = Compared(
-            _head(directory, base, [backend], {base: want, backend: got}, want),
-            list(drift.rows(backend, got, want, narrow, wide)),
-        )
-        place = first_place(compared.failed)
+        known, found = {base: want}, list[Row]()
+        try:
+            known[backend] = got = runs.replay(backend)
+            found += drift.rows(backend, got, want, narrow, wide)
+            place = first_place([row for row in found if row.verdict not in GOOD])
+            if place:
+                got = runs.replay(backend, place)
+        except BackendError as error:
+            place = ""
+            found.append(_lost(backend, error))
+        compared = Compared(_head(directory, base, [backend], known, want), found)
         if not place:
             return Bisected(compared, "", ())
-        want, got = runs.replay(base, place), runs.replay(backend, place)
+        want = runs.replay(base, place)
         narrow, wide = runs.budget(want, place)
         return Bisected(compared, place, list(drift.calls(backend, got, want, narrow, wide)))
 
 
-def bisect_recorded(directory: str, bundle: Path, backend: str, tell: Tell) -> Bisected:
+def bisect_recorded(directory: str, bundle: Path, backend: str, tell: Tell, limit: float = LIMIT) -> Bisected:
     """The first call of an op that a bundle's backend made wrong. ValueError if the bundle holds no ops."""
-    with _Runs(directory, tell, bundle) as runs:
+    with _Runs(directory, tell, limit, bundle) as runs:
         got = runs.given
         if not any(got.calls):
             raise ValueError(f"{bundle} holds what parts made, not what ops made: record it with --ops")
@@ -136,8 +167,8 @@ def first_place(failed: Sequence[Row]) -> str:
 class _Runs:
     """Runs of one model, kept in a folder while they are compared. The first is recorded, or given."""
 
-    def __init__(self, directory: str, tell: Tell, bundle: Path | None = None) -> None:
-        self.directory, self.tell, self.bundle = directory, tell, bundle
+    def __init__(self, directory: str, tell: Tell, limit: float, bundle: Path | None = None) -> None:
+        self.directory, self.tell, self.limit, self.bundle = directory, tell, limit, bundle
         if bundle is not None:
             self.given = model_run.read(bundle)
 
@@ -150,7 +181,8 @@ class _Runs:
 
     def record(self, backend: str, mode: str, script: Script) -> ModelRun:
         self.bundle = self._path()
-        model_run.record(self.bundle, self.directory, backend, mode, script, progress=self.tell(f"{backend}, freely"))
+        progress = self.tell(f"{backend}, freely")
+        model_run.record(self.bundle, self.directory, backend, mode, script, progress=progress, limit=self.limit)
         self.given = model_run.read(self.bundle)
         return self.given
 
@@ -158,7 +190,7 @@ class _Runs:
         assert self.bundle is not None
         path = self._path()
         what = f"{backend}, part by part" + (", in float64" if wide else "") + ("" if ops is None else ", every op")
-        model_run.replayed(path, self.bundle, self.directory, backend, wide, ops, self.tell(what))
+        model_run.replayed(path, self.bundle, self.directory, backend, wide, ops, self.tell(what), self.limit)
         try:
             return model_run.read(path)
         finally:
@@ -175,7 +207,7 @@ class _Runs:
 
 
 def _lost(backend: str, error: BackendError) -> Part:
-    return Part(backend, None, None, "process", verdict="error", message=str(error))
+    return Part(backend, None, None, LOST, verdict="error", message=str(error))
 
 
 def _head(
@@ -200,12 +232,15 @@ def headline(compared: Compared) -> Iterator[str]:
     for backend in compared.head["backends"]:
         mine = [row for row in compared.rows if row.backend == backend]
         judged = [row for row in mine if isinstance(row, Part)]
+        if lost := next((row for row in judged if row.part == LOST), None):
+            yield f"{backend} against {base}: not compared: {lost.message}"
+            continue
         bad = [row for row in mine if row.verdict not in GOOD]
         own = sum(kind == "native" for kind in compared.head["ops"].get(backend, {}).values())
         shares = [row.of_budget for row in judged if row.of_budget is not None]
         free = next((row for row in mine if isinstance(row, drift.Free) and row.top1 is not None), None)
         who = backend + emulated(where.get(backend, {}), backend)
-        text = f"{who} against {base}: {own} native op{'' if own == 1 else 's'}; {len(judged)} parts, {len(bad)} wrong"
+        text = f"{who} against {base}: {counted(own, 'native op')}; {counted(len(judged), 'part')}, {len(bad)} wrong"
         if shares:
             text += f", worst at {max(shares):.2f} of its budget"
         if free is not None:

@@ -14,20 +14,18 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from dsv4_hal.conformance import html, saved
+from dsv4_hal.conformance import saved
+from dsv4_hal.conformance.cells import share
 from dsv4_hal.conformance.drift import GOOD, Part, Picks, Row
 from dsv4_hal.conformance.model_compare import Compared, headline
-from dsv4_hal.conformance.report import share
+from dsv4_hal.conformance.report import write_views
 from dsv4_hal.conformance.runner import finite
+from dsv4_hal.conformance.text import in_markdown
 
 
 def write(compared: Compared, directory: Path) -> None:
     """All files, into a directory that is made if need be."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / saved.MODEL_FILE).write_text(jsonl(compared), encoding="utf-8")
-    ElementTree.ElementTree(junit(compared)).write(directory / "junit.xml", encoding="utf-8", xml_declaration=True)
-    (directory / "report.md").write_text(markdown(compared), encoding="utf-8", errors="backslashreplace")
-    html.write([saved.read_file(directory / saved.MODEL_FILE)], directory / "report.html")
+    write_views(directory / saved.MODEL_FILE, jsonl(compared), junit(compared), markdown(compared))
 
 
 def jsonl(compared: Compared) -> str:
@@ -66,11 +64,17 @@ def markdown(compared: Compared) -> str:
         lines += [""]
         failed = [row for row in mine if row.verdict not in GOOD]
         if failed:
-            lines += ["### Failures", "", *(f"- `{row.name}` {row.verdict}: {row.message}" for row in failed), ""]
+            lines += [
+                "### Failures",
+                "",
+                *(f"- `{row.name}` {row.verdict}: {in_markdown(row.message)}" for row in failed),
+                "",
+            ]
     return "\n".join(lines)
 
 
 def cells(part: Part) -> tuple[str, ...]:
     """name, relative error, median token, worst token, share of budget, verdict."""
     errors = (part.rms, part.median_token, part.worst_token)
-    return part.name, *("" if e is None else f"{e:.1e}" for e in errors), share(part.of_budget), part.verdict
+    of_budget = "" if part.of_budget is None and part.verdict not in GOOD else share(part.of_budget)
+    return part.name, *("" if e is None else f"{e:.1e}" for e in errors), of_budget, part.verdict

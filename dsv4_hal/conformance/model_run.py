@@ -9,32 +9,36 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import multiprocessing
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dsv4_hal.backend import BackendError
+from dsv4_hal.backend import BackendError, described
 from dsv4_hal.conformance import container
 from dsv4_hal.conformance.compare import widen
 from dsv4_hal.conformance.probe import Probe
+from dsv4_hal.conformance.process import STARTING, Child, Line, Lost, in_words
 from dsv4_hal.conformance.replay import Script, Seen, replay, run_freely
-from dsv4_hal.conformance.runner import end
 from dsv4_hal.dispatch import Resolved, select
 from dsv4_hal.environment import environment
+from dsv4_hal.formats import Weight
 from dsv4_hal.numerics import numerics_for
+from dsv4_hal.ops import OPS
 
 if TYPE_CHECKING:
+    from dsv4_hal.model.config import ModelConfig
     from dsv4_hal.model.transformer import Model
 
 PROGRESS = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
+LIMIT = 600.0  # seconds that a step of a model may take
+ALIVE = 1.0  # seconds between signs of life while weights are loaded
+FILES = -1  # told as steps done where files are read or written, which may take longer than a step
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,14 @@ def record(
     script: Script,
     ops: bool = False,
     progress: PROGRESS | None = None,
+    limit: float = LIMIT,
 ) -> None:
-    """Run a model freely, and keep what its parts saw and made; with `ops`, what every op made as well."""
-    _in_process(progress, _record, out, directory, backend, mode, script, ops)
+    """Run a model freely, and keep what its parts saw and made; with `ops`, what every op made as well.
+
+    limit  seconds without progress after which a backend is taken to hang
+    BackendError names the backend where it raises, hangs, or kills its process; ValueError where the input is wrong.
+    """
+    _in_process(backend, limit, progress, _record, out, directory, backend, mode, script, ops)
 
 
 def replayed(
@@ -82,14 +91,20 @@ def replayed(
     wide: bool = False,
     ops: str | None = None,
     progress: PROGRESS | None = None,
+    limit: float = LIMIT,
 ) -> None:
     """Run the parts of a recorded run on a backend, and a free run on the same tokens.
 
     wide  in the run's profile with float64 between its rounding points: what budgets are derived from
     ops   keep what every op of this part made ("": of every part), and leave out the free run
-    ValueError where the model in `directory` is not the recorded one.
+    limit and errors as in `record`; ValueError also where the model in `directory` is not the recorded one.
     """
-    _in_process(progress, _replay, out, recorded, directory, backend, wide, ops)
+    _in_process(backend, limit, progress, _replay, out, recorded, directory, backend, wide, ops)
+
+
+def check_usable(directory: str, backend: str, mode: str) -> None:
+    """BackendError where a backend cannot be used for a model: found before any weight is read."""
+    _in_process(backend, STARTING, None, _check_usable, directory, backend, mode)
 
 
 def read(path: Path) -> ModelRun:
@@ -118,21 +133,24 @@ def read(path: Path) -> ModelRun:
 
 def _record(report: PROGRESS, out: Path, directory: str, backend: str, mode: str, script: Script, ops: bool) -> None:
     container.refuse_existing(out)
-    model = load(directory, backend, mode)
-    _check_tokens(model, script)
-    steps: list[Seen] = []
     total = len(script.steps) * (1 + ops)
-    for seen in run_freely(model, script):
-        steps.append(seen)
-        report(len(steps), total)
-    calls: list[Seen] = [{} for _ in steps]
+    model = load(directory, backend, mode, alive=lambda: report(FILES, total))
+    _check_tokens(model, script)
+    report(0, total)
+    steps: list[Seen] = []
+    calls: list[Seen] = [{} for _ in script.steps]
     errors: dict[str, str] = {}
-    if ops:
-        probe = Probe(_resolved(model))
-        for number, part in enumerate(replay(model, script, steps, probe)):
-            calls[number], probe.seen = probe.seen, {}
-            errors |= {f"{number}/{name}": why for name, why in part.errors.items()}
-            report(len(steps) + number + 1, total)
+    with _blaming(backend):
+        for seen in run_freely(model, script):
+            steps.append(seen)
+            report(len(steps), total)
+        if ops:
+            probe = Probe(_resolved(model))
+            for number, part in enumerate(replay(model, script, steps, probe)):
+                calls[number], probe.seen = probe.seen, {}
+                errors |= {f"{number}/{name}": why for name, why in part.errors.items()}
+                report(len(steps) + number + 1, total)
+    report(FILES, total)
     _write(out, model, directory, backend, mode, script, errors, steps, calls)
 
 
@@ -140,23 +158,26 @@ def _replay(
     report: PROGRESS, out: Path, recorded: Path, directory: str, backend: str, wide: bool, ops: str | None
 ) -> None:
     given = read(recorded)
-    model = load(directory, backend, given.mode, wide)
+    total = len(given.steps) * (2 if ops is None else 1)
+    model = load(directory, backend, given.mode, wide, alive=lambda: report(FILES, total))
     if fingerprint(directory) != given.model["fingerprint"]:
         raise ValueError(
             f"{directory} is not the model that {recorded.name} was recorded with: weights or config differ"
         )
     probe = None if ops is None else Probe(_resolved(model))
     steps, calls, errors = list[Seen](), list[Seen](), dict[str, str]()
-    total = len(given.steps) * (2 if ops is None else 1)
-    for number, part in enumerate(replay(model, given.script, given.steps, probe, ops or "")):
-        steps.append(part.made)
-        errors |= {f"{number}/{name}": why for name, why in part.errors.items()}
-        if probe is not None:
-            calls.append(probe.seen)
-            probe.seen = {}
-        report(len(steps), total)
+    report(0, total)
+    with _blaming(backend):
+        for number, part in enumerate(replay(model, given.script, given.steps, probe, ops or "")):
+            steps.append(part.made)
+            errors |= {f"{number}/{name}": why for name, why in part.errors.items()}
+            if probe is not None:
+                calls.append(probe.seen)
+                probe.seen = {}
+            report(len(steps), total)
     if ops is None:
         _free(report, model, given, steps, errors)
+    report(FILES, total)
     _write(out, model, directory, backend, given.mode, given.script, errors, steps, calls or [{} for _ in steps])
 
 
@@ -168,30 +189,78 @@ def _free(report: PROGRESS, model: Model, given: ModelRun, steps: Sequence[Seen]
         for number, seen in enumerate(run_freely(model, given.script, decoded, keep=False)):
             steps[number]["free"] = seen["logits"]
             report(len(steps) + number + 1, 2 * len(steps))
-    except Exception as error:
-        errors["free"] = f"{type(error).__name__}: {error}"
+    except BaseException as error:  # no interrupt reaches this process: it is the backend's
+        errors["free"] = described(error)
 
 
-def load(directory: str, backend: str, mode: str, wide: bool = False) -> Model:
-    """As `dsv4_hal.load_model` does, but perhaps in a widened profile."""
+def load(
+    directory: str, backend: str, mode: str, wide: bool = False, alive: Callable[[], None] = lambda: None
+) -> Model:
+    """As `dsv4_hal.load_model` does, but perhaps in a widened profile. alive: called now and then."""
     from dsv4_hal.model.checkpoint import load_weights
-    from dsv4_hal.model.config import find_config
     from dsv4_hal.model.transformer import Model
+
+    cfg, path = _config(directory)
+    ops = _ops(cfg, backend, mode, wide)
+    told = time.monotonic()
+
+    def repack(weight: Weight) -> Weight:
+        with _blaming(backend):
+            return ops.repack(weight)
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > ALIVE:
+            told = time.monotonic()
+            alive()
+
+    weights = load_weights(path, cfg, place=repack, device=ops.device, progress=progress)
+    with _blaming(backend):
+        return Model(cfg, ops, weights)
+
+
+def _check_usable(report: PROGRESS, directory: str, backend: str, mode: str) -> None:
+    _ops(_config(directory)[0], backend, mode)
+
+
+def _config(directory: str) -> tuple[ModelConfig, Path]:
+    from dsv4_hal.model.config import find_config
 
     cfg, path = find_config(directory)
     if path is None:
         raise ValueError(f"{directory} is a preset: it has shapes but no weights, and nothing to compare")
+    return cfg, path
+
+
+def _ops(cfg: ModelConfig, backend: str, mode: str, wide: bool = False) -> Resolved:
     numerics = numerics_for(mode)
     ops = select([backend], widen(numerics) if wide else numerics, vars(cfg))
     if ops.device.type == "meta":
         raise BackendError(f"backend {backend} computes shapes, not values: there is nothing to compare")
-    return Model(cfg, ops, load_weights(path, cfg, place=ops.repack, device=ops.device))
+    return ops
+
+
+@contextlib.contextmanager
+def _blaming(backend: str) -> Iterator[None]:
+    """Whatever is raised here is that backend's: BackendError names it, and its op."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except BaseException as error:  # no interrupt reaches this process
+        ways_in = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        place = next((f", {name}" for name in ways_in if name in OPS or name in ("row_layout", "repack")), "")
+        raise BackendError(f"backend {backend}{place}: {described(error)}") from error
+
+
+def check_room(tokens: int, cfg: ModelConfig) -> None:
+    """ValueError if a sequence is longer than the model's."""
+    if tokens > cfg.max_position_embeddings:
+        raise ValueError(f"{tokens} tokens exceed the model's {cfg.max_position_embeddings} positions")
 
 
 def _check_tokens(model: Model, script: Script) -> None:
-    longest, most = script.room, model.cfg.max_position_embeddings
-    if longest > most:
-        raise ValueError(f"{longest} tokens exceed the model's {most} positions")
+    check_room(script.room, model.cfg)
     highest = max(max(prompt) for prompt in script.prompts)
     if highest >= model.cfg.vocab_size:
         raise ValueError(f"token {highest} is outside the vocabulary of {model.cfg.vocab_size}")
@@ -253,42 +322,43 @@ def fingerprint(directory: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _in_process(progress: PROGRESS | None, task: Callable[..., None], *args: Any) -> None:
-    """Run a task where a backend may crash. Its errors are raised here; BackendError where the process is lost."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(there, task, *args))
-    process.start()
-    there.close()
-    start = time.monotonic()
+def _in_process(backend: str, limit: float, progress: PROGRESS | None, task: Callable[..., None], *args: Any) -> None:
+    """Run a task where a backend may crash or hang. Its errors are raised here; BackendError where the process is lost.
+
+    limit  seconds that a step may take
+    """
+    start, steps, patience = time.monotonic(), 0, STARTING
+    child = Child(_work, backend, task, *args)
     try:
         while True:
-            told = here.recv()
+            told = child.receive(patience)
             if told is None:
                 return
             if isinstance(told, Exception):
                 raise told
-            if progress is not None:
-                progress(*told)
-    except EOFError:
-        process.join()
-        after = time.monotonic() - start
-        raise BackendError(
-            f"the process of the run ended with exit code {process.exitcode} after {after:.0f} s"
-        ) from None
+            done, total = told
+            patience = STARTING if done == FILES else limit
+            if done != FILES:
+                steps = done
+                if progress is not None:
+                    progress(done, total)
+    except Lost as lost:
+        if lost.code is None:
+            why = f"no progress for {in_words(lost.seconds)}, after {steps} step{'' if steps == 1 else 's'}"
+            raise BackendError(f"backend {backend}: {why}") from None
+        after = in_words(time.monotonic() - start)
+        raise BackendError(f"the process of backend {backend} ended with exit code {lost.code} after {after}") from None
     finally:
-        end(process)
-        here.close()
+        child.end()
 
 
-def _work(there: Connection, task: Callable[..., None], *args: Any) -> None:
-    with contextlib.suppress(OSError):
-        os.setsid()  # so that what it starts can be ended with it
+def _work(line: Line, backend: str, task: Callable[..., None], *args: Any) -> None:
     try:
         with torch.inference_mode():
-            task(lambda done, total: there.send((done, total)), *args)
-        there.send(None)
+            task(lambda done, total: line.send((done, total)), *args)
+        line.send(None)
     except (BackendError, ValueError, OSError) as error:
-        there.send(type(error)(str(error)) if isinstance(error, BackendError | OSError) else ValueError(str(error)))
-    except Exception as error:
-        there.send(BackendError(f"{type(error).__name__}: {error}"))
+        kinds = (kind for kind in (BackendError, ValueError) if isinstance(error, kind))
+        line.send(next(kinds, type(error))(str(error)))  # those of files as they are, and anything else plainly
+    except BaseException as error:
+        line.send(BackendError(f"backend {backend}: {described(error)}"))

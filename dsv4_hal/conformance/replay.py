@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dsv4_hal.backend import described
 from dsv4_hal.conformance.probe import Probe
 from dsv4_hal.dispatch import Resolved
 
@@ -138,8 +139,8 @@ def replay(
             try:
                 values = run()
                 done.made |= {name: _host(value) for name, value in zip(names, values, strict=True)}
-            except Exception as error:
-                done.errors |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
+            except BaseException as error:  # no interrupt reaches this process: it is the backend's
+                done.errors |= dict.fromkeys(names, described(error))
             if probe is not None:
                 probe.place = ""
         done.made |= {name: _host(value) for name, value in step.trace.seen.items() if name.endswith(PICKS)}

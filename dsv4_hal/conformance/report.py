@@ -12,12 +12,15 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from dsv4_hal.conformance import html, saved
-from dsv4_hal.conformance.runner import WHOLE, About, Extent, Outcome
+from dsv4_hal.conformance import files, html, saved
+from dsv4_hal.conformance.cells import share
+from dsv4_hal.conformance.runner import LOST, WHOLE, About, Extent, Outcome
+from dsv4_hal.conformance.text import counted, in_markdown
 from dsv4_hal.conformance.waivers import Waiver, stale
 from dsv4_hal.environment import emulated, environment
 from dsv4_hal.ops import OPS
@@ -27,7 +30,8 @@ from dsv4_hal.registry import FALLBACK
 @dataclass(frozen=True)
 class Run:
     """Outcomes of one backend, in the order they came; what it says of itself, waivers that lie beside it, which size
-    classes ran; which oracles of the reference were not asked, and why."""
+    classes ran; which oracles of the reference were not asked, and why; of a run that was interrupted, how many cases
+    it would have come to."""
 
     backend: str
     outcomes: Sequence[Outcome]
@@ -35,6 +39,7 @@ class Run:
     waivers: Sequence[Waiver] = ()
     extent: Extent = WHOLE
     unasked: Sequence[str] = ()
+    interrupted_of: int | None = None
 
     @property
     def runs_as(self) -> dict[str, str]:
@@ -50,16 +55,22 @@ class Run:
         """Failures that no waiver covers."""
         return [o for o in self.outcomes if not o.ok and not self.waiver(o)]
 
-    @property
+    @cached_property
     def stale(self) -> list[Waiver]:
-        return stale(self.waivers, self.outcomes)
+        return stale(self.waivers, self.outcomes, self.about)
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Ops that ran, but not by the backend's own code that is there, and why."""
+        return {op: why for op, why in self.about.refused.items() if op in self.runs_as}
 
     def waiver(self, outcome: Outcome) -> Waiver | None:
         return next((w for w in self.waivers if not outcome.ok and w.matches(outcome)), None)
 
     @property
     def headline(self) -> str:
-        """First how much of the backend is its own: a pass of code it inherited must not read like one of kernels."""
+        """First whether it was interrupted, then how much of the backend is its own: a pass of code it inherited must
+        not read like one of kernels."""
         own = sum(kind == "native" for kind in self.runs_as.values())
         verdicts = Counter("waived" if self.waiver(o) else o.verdict for o in self.outcomes)
         told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
@@ -68,40 +79,61 @@ class Run:
             told_of = ", ".join(f"{oracle} ({n})" for oracle, n in asked.items())
             own_text = f"the reference, against {told_of or 'no oracle'}"
         else:
-            own_text = f"{own} native op{'' if own == 1 else 's'} of the {len(self.runs_as)} that ran"
+            own_text = f"{counted(own, 'native op')} of the {len(self.runs_as)} that ran"
+        cases = counted(len(self.outcomes), "case")
         who = self.backend + emulated(self.about.environment, self.backend)
-        return f"{who}: {own_text}; {len(self.outcomes)} cases: {told or 'none'}; {self.extent}"
+        return f"{self.interrupted}{who}: {own_text}; {cases}: {told or 'none'}; {self.extent}"
+
+    @property
+    def interrupted(self) -> str:
+        """What a headline begins with, if it was."""
+        of = self.interrupted_of
+        return "" if of is None else f"interrupted after {len(self.outcomes)} of {counted(of, 'case')}; "
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
-    """A row per op that ran: op, how it runs, cases, failures, the worst share of a budget, and the first failure."""
+    """A row per op that ran: op, how it runs, cases, failures, and the worst share of a budget, as it is told."""
     out = []
     for op in dict.fromkeys([*OPS, *(o.op for o in run.outcomes)]):  # whole models come last
         mine = [o for o in run.outcomes if o.op == op]
         if mine:
             failed = [o for o in mine if not o.ok]
-            measured = [o.of_budget for o in mine if o.of_budget is not None]
-            first = failed[0] if failed else None
             out.append(
                 {
                     "op": op,
                     "runs_as": run.runs_as.get(op, ""),
                     "cases": len(mine),
                     "failed": len(failed),
-                    "of_budget": max(measured, default=None),
-                    "first": "" if first is None else f"{first.id}: {first.verdict}: {first.message}",
+                    "of_budget": _worst(mine),
                 }
             )
     return out
 
 
+def _worst(outcomes: Sequence[Outcome]) -> str:
+    measured = [o.of_budget for o in outcomes if o.of_budget is not None]
+    if measured:
+        return share(max(measured))
+    worst = min(outcomes, key=lambda o: (o.ok, o.verdict == "agrees"))
+    return share(None) if worst.verdict == "agrees" else worst.verdict
+
+
 def write(run: Run, directory: Path) -> None:
     """All files, into a directory that is made if need be."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / saved.OPS_FILE).write_text(jsonl(run), encoding="utf-8")
-    ElementTree.ElementTree(junit(run)).write(directory / "junit.xml", encoding="utf-8", xml_declaration=True)
-    (directory / "report.md").write_text(markdown(run), encoding="utf-8", errors="backslashreplace")
-    html.write([saved.read_file(directory / saved.OPS_FILE)], directory / "report.html")
+    write_views(directory / saved.OPS_FILE, jsonl(run), junit(run), markdown(run))
+
+
+def write_views(truth: Path, lines: str, junit: ElementTree.Element, markdown: str) -> None:
+    """A file of results and the views of it, beside it: all of them, or none."""
+    truth.parent.mkdir(parents=True, exist_ok=True)
+    found = {
+        truth: lines,
+        truth.with_name("junit.xml"): "<?xml version='1.0' encoding='utf-8'?>\n"
+        + ElementTree.tostring(junit, "unicode"),
+        truth.with_name("report.md"): markdown,
+        truth.with_name("report.html"): html.page([saved.parsed(truth, lines.encode())]),
+    }
+    files.write(found)
 
 
 def jsonl(run: Run) -> str:
@@ -111,6 +143,8 @@ def jsonl(run: Run) -> str:
         "cases": len(run.outcomes),
         "ops": run.runs_as,
         "unasked": list(run.unasked),
+        "interrupted_of": run.interrupted_of,
+        "refused": run.refused,
         "sizes": asdict(run.extent) | {"classes": run.extent.classes},
         "profiles": run.about.profiles,
         "environment": run.about.environment,
@@ -122,10 +156,7 @@ def jsonl(run: Run) -> str:
 
 
 def junit(run: Run) -> ElementTree.Element:
-    failed = run.failed
-    suite = ElementTree.Element(
-        "testsuite", name=f"dsv4-hal conform {run.backend}", tests=str(len(run.outcomes)), failures=str(len(failed))
-    )
+    suite = ElementTree.Element("testsuite", name=f"dsv4-hal conform {run.backend}")
     for outcome in run.outcomes:
         case = ElementTree.SubElement(
             suite, "testcase", classname=f"{run.backend}.{outcome.op}", name=outcome.id, time=str(outcome.seconds)
@@ -133,7 +164,17 @@ def junit(run: Run) -> ElementTree.Element:
         if waiver := run.waiver(outcome):
             ElementTree.SubElement(case, "skipped", message=saved.printable(f"waived {waiver.date}: {waiver.reason}"))
         elif not outcome.ok:
-            ElementTree.SubElement(case, "failure", message=saved.printable(f"{outcome.verdict}: {outcome.message}"))
+            kind = "error" if outcome.verdict in LOST else "failure"
+            ElementTree.SubElement(case, kind, message=saved.printable(f"{outcome.verdict}: {outcome.message}"))
+    more = [("waivers", f"{w.case} {w.mode}".strip(), "failure", f"stale, of {w.date}: {w.reason}") for w in run.stale]
+    if run.interrupted:
+        more.append(("run", "came to its end", "error", run.headline))
+    for group, name, kind, told in more:
+        case = ElementTree.SubElement(suite, "testcase", classname=f"{run.backend}.{group}", name=name)
+        ElementTree.SubElement(case, kind, message=saved.printable(told))
+    suite.set("tests", str(len(suite)))
+    for count, kind in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+        suite.set(count, str(len(suite.findall(f"testcase/{kind}"))))
     return suite
 
 
@@ -145,19 +186,17 @@ def markdown(run: Run) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows(run):
-        lines.append(
-            f"| {row['op']} | {row['runs_as']} | {row['cases']} | {row['failed']} | {share(row['of_budget'])} |"
-        )
+        lines.append(f"| {row['op']} | {row['runs_as']} | {row['cases']} | {row['failed']} | {row['of_budget']} |")
     for title, chosen in (("Failures", run.failed), ("Waived", [o for o in run.outcomes if run.waiver(o)])):
         if chosen:
             lines += ["", f"## {title}", ""]
-            lines += [f"- `{o.id}` {o.verdict}: {o.message}" for o in chosen]
+            lines += [f"- `{o.id}` {o.verdict}: {in_markdown(o.message)}" for o in chosen]
+    if run.refused:
+        lines += ["", "## Ops of its own that were not used", ""]
+        lines += [f"- `{op}`: {in_markdown(why)}" for op, why in run.refused.items()]
     if run.unasked:
         lines += ["", "## Oracles that were not asked", "", *(f"- {told}" for told in run.unasked)]
     if run.stale:
-        lines += ["", "## Stale waivers", "", *(f"- `{w.case}` of {w.date}: {w.reason}" for w in run.stale)]
+        lines += ["", "## Stale waivers", ""]
+        lines += [f"- `{w.case}` of {w.date}: {in_markdown(w.reason)}" for w in run.stale]
     return "\n".join(lines) + "\n"
-
-
-def share(of_budget: float | None) -> str:
-    return "" if of_budget is None else f"{of_budget:.2f}"

@@ -9,30 +9,27 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-import multiprocessing
-import os
-import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from itertools import chain, islice
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from dsv4_hal.backend import Backend, BackendError
+from dsv4_hal.backend import Backend, BackendError, described
 from dsv4_hal.conformance import transformers_oracle
 from dsv4_hal.conformance.backward import GRADIENTS, NoGradient, compare_slopes, gradients, slope_budgets, slopes
 from dsv4_hal.conformance.compare import Budget, Comparison, Results, budget, compare, run_case, widen
 from dsv4_hal.conformance.compare import budgets as budgets_of
-from dsv4_hal.conformance.guard import Misconduct, watch
+from dsv4_hal.conformance.guard import Misconduct, restored, state, watch
 from dsv4_hal.conformance.named import named
 from dsv4_hal.conformance.oracle import Naive
+from dsv4_hal.conformance.process import STARTING, Child, Line, Lost, in_words
+from dsv4_hal.conformance.text import counted
 from dsv4_hal.conformance.transport import Packed, pack, unpack
 from dsv4_hal.dispatch import Resolved, resolve, select
 from dsv4_hal.environment import Environment, environment
@@ -44,10 +41,11 @@ MODES = ("exact", "deployed")
 NAIVE, SLOPES = "the naive float64 oracle", "slopes of the naive float64 oracle"
 GRAD = "exact.grad"  # gradients, in the numeric profile of mode exact
 DEFAULT_SIZE = "quick"
-STARTING = 600.0  # seconds a backend may take to be made
 LIMIT = 60.0  # seconds a case may take
 AHEAD = 8  # cases that the process may be ahead of who judges
 PASSED = ("agrees", "shapes")  # verdicts that are no failure; "shapes": no values to compare, and no agreement claimed
+LOST = ("error", "timeout", "crash")  # verdicts without a result
+VERDICTS = (*PASSED, "disagrees", "misconduct", *LOST)
 
 
 @dataclass(frozen=True)
@@ -109,16 +107,18 @@ class Job:
 class About:
     """What a backend says of itself.
 
-    waivers      path of a file of waivers beside its module; it need not be there
+    waivers      path of a file of waivers beside its module; it need not be there. "": its class is of no file
     profiles     numeric profile of each mode
     environment  versions, machine and devices where it runs
     affords      the largest size class that it gets through
+    refused      op -> why its own code is not used: the backend's `supports` refused it, or failed
     """
 
     waivers: str
     profiles: Mapping[str, Mapping[str, Any]]
     environment: Environment
     affords: str = SIZES[-1]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,13 @@ class Extent:
     size     the largest class that was asked for
     affords  the largest one that the backend affords
     beyond   how many cases were asked for and are left out, because the backend does not afford them
+    seed     of cases that were drawn, within the bounds of these classes; None: the contract's were run
     """
 
     size: str = SIZES[-1]
     affords: str = SIZES[-1]
     beyond: int = 0
+    seed: int | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -141,9 +143,11 @@ class Extent:
 
     def __str__(self) -> str:
         ran = f"size classes {', '.join(self.classes)}"
+        if self.seed is not None:
+            return f"drawn with seed {self.seed}, as for {ran}"
         if not self.beyond:
             return ran
-        return f"{ran}; {self.beyond} larger cases not run, since the backend affords {self.affords} at most"
+        return f"{ran}; {counted(self.beyond, 'larger case')} not run, since the backend affords {self.affords} at most"
 
 
 WHOLE = Extent()  # nothing is left out
@@ -199,13 +203,14 @@ class Worker:
     def __init__(self, backend: str, modes: Iterable[str] = MODES) -> None:
         self.backend, self.modes = backend, tuple(modes)
         self._gone = ""  # why the backend cannot be made again
+        self._numbers = count()  # of jobs: an answer says which one it is to
         self.about = self._start()
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._end()
+        self._child.end()
 
     def produce(self, job: Job, limit: float = LIMIT) -> Produced:
         """What the backend makes of one case."""
@@ -219,110 +224,100 @@ class Worker:
         A case that hangs or kills the process is that case's result, and the rest go on in a new process; where the
         backend cannot be made again, they are errors.
         """
-        todo, ahead = iter(work), deque[Job]()
+        todo, ahead = iter(work), deque[tuple[int, Job]]()
         while not self._gone:
             for job in islice(todo, AHEAD - len(ahead)):
-                ahead.append(job)
-                self._send(job)
+                ahead.append((next(self._numbers), job))
+                self._child.send(ahead[-1])
             if not ahead:
                 return
-            job, start = ahead.popleft(), time.monotonic()
+            number, job = ahead.popleft()
+            made, usable = self._answer(number, limit)
+            yield job, made
+            if usable:
+                continue
+            self._child.end()
             try:
-                made = self._receive(limit)
-            except (TimeoutError, EOFError) as error:
-                yield job, _lost(error, time.monotonic() - start, self._process.exitcode)
-                self._end()
-                try:
-                    self._start()
-                except BackendError as gone:
-                    self._gone = f"after an earlier case was lost: {gone}"
-                else:
-                    for job in ahead:
-                        self._send(job)
-            else:
-                yield job, made
-        for job in chain(ahead, todo):
+                self._start()
+            except BackendError as gone:
+                self._gone = f"after an earlier case was lost: {gone}"
+            for numbered in ahead:
+                self._child.send(numbered)
+        for job in chain((job for _, job in ahead), todo):
             yield job, Produced("", "", None, "error", self._gone)
 
-    def _start(self) -> About:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_work, args=(there, self.backend, self.modes))
-        self._process.start()
-        there.close()
+    def _answer(self, number: int, limit: float) -> tuple[Produced, bool]:
+        """What became of a job, and whether the process can go on."""
         try:
-            about = self._receive(STARTING)
-        except TimeoutError:
-            self._end()
-            raise BackendError(f"backend {self.backend} could not be made within {STARTING:g} s") from None
-        except EOFError:
-            code = self._process.exitcode
-            self._end()
-            raise BackendError(f"backend {self.backend} killed its process (exit code {code})") from None
-        if isinstance(about, str):
-            self._end()
-            raise BackendError(about)
+            answered, made = self._child.receive(limit)
+        except Lost as lost:
+            seconds = round(lost.seconds, 3)
+            if lost.code is None:
+                return Produced("", "", None, "timeout", f"no result after {in_words(seconds)}", seconds), False
+            told = f"the process of backend {self.backend} ended with exit code {lost.code}"
+            return Produced("", "", None, "crash", told, seconds), False
+        if answered != number:
+            return Produced("", "", None, "misconduct", f"backend {self.backend} answered for another case"), False
+        return made, True
+
+    def _start(self) -> About:
+        self._child = Child(_work, self.backend, self.modes)
+        with contextlib.ExitStack() as failed:
+            failed.callback(self._child.end)
+            try:
+                about = self._child.receive(STARTING)
+            except Lost as lost:
+                if lost.code is None:
+                    raise BackendError(f"backend {self.backend} could not be made within {STARTING:g} s") from None
+                raise BackendError(f"backend {self.backend} killed its process (exit code {lost.code})") from None
+            if isinstance(about, str):
+                raise BackendError(about)
+            failed.pop_all()
         return cast(About, about)
 
-    def _send(self, job: Job) -> None:
-        with contextlib.suppress(OSError):  # a process that is gone is found where its result is waited for
-            self._pipe.send(job)
 
-    def _receive(self, seconds: float) -> Any:
-        """What the process sends next. TimeoutError if it takes too long, EOFError if the process is gone."""
-        ready = wait([self._pipe, self._process.sentinel], seconds)
-        if not ready:
-            raise TimeoutError
-        if self._pipe in ready or self._pipe.poll():
-            try:
-                return self._pipe.recv()
-            except (EOFError, ConnectionResetError):
-                pass
-        self._process.join()
-        raise EOFError
+def _work(line: Line, backend: str, modes: Sequence[str]) -> None:
+    """The process: what the backend says of itself, or why it cannot be made; then what it makes of every job.
 
-    def _end(self) -> None:
-        end(self._process)
-        self._pipe.close()
-
-
-def end(process: BaseProcess) -> None:
-    """End a process and whatever it has started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(cast(int, process.pid), signal.SIGKILL)
-    process.kill()
-    process.join()
-
-
-def _lost(error: Exception, seconds: float, code: int | None) -> Produced:
-    hung = isinstance(error, TimeoutError)
-    message = f"no result after {seconds:.0f} s" if hung else f"the process ended with exit code {code}"
-    return Produced("", "", None, "timeout" if hung else "crash", message, round(seconds, 3))
-
-
-def _work(there: Connection, backend: str, modes: Sequence[str]) -> None:
-    """The process: what the backend says of itself, or why it cannot be made; then what it makes of every job."""
-    with contextlib.suppress(OSError):
-        os.setsid()  # so that what it starts can be ended with it
+    No interrupt reaches it (see `Child`), so an exception of any kind is the backend's.
+    """
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the process that judges needs the other half
     try:
         cls = backend_class(backend)
-        profiles = {}
-        for mode in modes:
-            select([backend], profile(mode))
-            profiles[mode] = _candidate(cls, mode).numerics.to_dict()
-        if GRAD in modes and not cls.differentiable:
-            raise BackendError(f"backend {backend} has no gradients: it says of itself that it is for inference only")
-        if cls.affords not in SIZES:
-            raise BackendError(f"backend {backend} affords {cls.affords!r}, which is none of {', '.join(SIZES)}")
+        about = _about(cls, modes)
     except BackendError as error:
-        there.send(str(error))
+        line.send(str(error))
         return
-    waivers = Path(inspect.getfile(cls)).parent / "waivers.yaml"
-    there.send(About(str(waivers), profiles, environment([backend]), cls.affords))
+    except BaseException as error:
+        line.send(f"backend {backend} cannot be made: {described(error)}")
+        return
+    line.send(about)
     with torch.inference_mode(), contextlib.suppress(EOFError):
         while True:
-            there.send(produce(cls, there.recv()))
+            number, job = line.receive()
+            try:
+                made = produce(cls, job)
+            except BaseException as error:
+                made = Produced("", "", None, "error", described(error))
+            line.send((number, made))
+
+
+def _about(cls: type[Backend], modes: Sequence[str]) -> About:
+    profiles, refused = {}, dict[str, str]()
+    for mode in modes:
+        select([cls.name], profile(mode))
+        ops = _candidate(cls, mode)
+        profiles[mode] = ops.numerics.to_dict()
+        refused |= _refused(cls, ops)
+    if GRAD in modes and not cls.differentiable:
+        raise BackendError(f"backend {cls.name} has no gradients: it says of itself that it is for inference only")
+    if cls.affords not in SIZES:
+        raise BackendError(f"backend {cls.name} affords {cls.affords!r}, which is none of {', '.join(SIZES)}")
+    try:
+        waivers = str(Path(inspect.getfile(cls)).parent / "waivers.yaml")
+    except (TypeError, OSError):  # a class that was made, and lies in no file
+        waivers = ""
+    return About(waivers, profiles, environment([cls.name]), cls.affords, refused)
 
 
 def profile(mode: str) -> Numerics:
@@ -357,6 +352,16 @@ def _candidate(cls: type[Backend], mode: str) -> Resolved:
     return _CANDIDATES[cls, mode]
 
 
+def _refused(cls: type[Backend], ops: Resolved) -> dict[str, str]:
+    """Ops of a backend's own that are not used, and why."""
+    return {
+        r.op: reason
+        for r in ops.resolutions
+        for name, reason in r.rejected
+        if name == cls.name and cls.origin(r.op).kind == "native"
+    }
+
+
 @dataclass(frozen=True)
 class Produced:
     """What a backend made of a case, not yet judged.
@@ -384,26 +389,42 @@ def produce(cls: type[Backend], job: Job) -> Produced:
         ops = _candidate(cls, job.mode)
         runs_as = next(r.runs_as for r in ops.resolutions if r.op == job.op)
     except Exception as error:
-        return Produced("", "", None, "error", _described(error))
-    start = time.monotonic()
+        return Produced("", "", None, "error", described(error))
+    start, before = time.monotonic(), state()
 
     def produced(results: Mapping[str, Packed] | None, verdict: str = "", message: str = "") -> Produced:
         return Produced(runs_as, ops.device.type, results, verdict, message, round(time.monotonic() - start, 4))
 
     try:
-        return produced(pack(results(job, ops)))
+        made = produced(pack(results(job, ops)))
     except Misconduct as error:
-        return produced(None, "misconduct", str(error))
+        made = produced(None, "misconduct", str(error))
     except NoGradient as error:
-        return produced(None, "disagrees", str(error))
+        made = produced(None, "disagrees", str(error))
     except Exception as error:
-        return produced(None, "error", _described(error))
+        made = produced(None, "error", described(error))
+    finally:
+        changed = restored(before)  # whatever happened: the next case must not find it
+    if changed:
+        told = f"{job.op} changed {', '.join(changed)}" + (f"; {made.message}" if made.message else "")
+        made = replace(made, results=None, verdict="misconduct", message=told)
+    return made
 
 
 @torch.inference_mode()
 def judge(backend: str, job: Job, made: Produced) -> Outcome:
-    """What a backend made of a case, compared with the reference; the reference's with the naive oracle."""
+    """What a backend made of a case, compared with the reference; the reference's with its oracles. Where that fails,
+    the case is an error, and what became of the others is not lost."""
+    try:
+        return _judged(backend, job, made)
+    except Exception as error:
+        told = f"it cannot be judged: {described(error)}"
+        return Outcome(
+            backend, job.op, job.case, job.mode, made.runs_as, "error", told, seconds=made.seconds, size=job.size
+        )
 
+
+def _judged(backend: str, job: Job, made: Produced) -> Outcome:
     def outcome(verdict: str, message: str = "", **found: Any) -> Outcome:
         return Outcome(
             backend,
@@ -516,7 +537,3 @@ def _shapes(got: Results, want: Results) -> str:
 def finite(value: float | None) -> float | str | None:
     """As JSON can hold it: infinity and NaN become text."""
     return value if value is None or math.isfinite(value) else str(value)
-
-
-def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

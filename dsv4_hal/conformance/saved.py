@@ -7,18 +7,20 @@ line. Keys that are not known here are left aside, so that files may grow.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from dsv4_hal.conformance.drift import Free, Part, Picks, Row
-from dsv4_hal.conformance.runner import Outcome
+from dsv4_hal.conformance.runner import VERDICTS, Outcome
 from dsv4_hal.conformance.waivers import Waiver
 
 OPS_FILE, MODEL_FILE = "results.jsonl", "model.jsonl"
+VIEWS = ("junit.xml", "report.md", "report.html")
 
 Sections = Mapping[str, Mapping[str, Any]]
 T = TypeVar("T")
@@ -43,10 +45,12 @@ class OpsHead:
     judged: Sections
     waivers: Sequence[SavedWaiver]
     unasked: Sequence[str] = ()
+    interrupted_of: int | None = None
 
 
 @dataclass(frozen=True)
 class SavedOutcome(Outcome):
+    of_budget: Annotated[float, Field(ge=0)] | None = None
     waived: bool = False
 
 
@@ -86,6 +90,8 @@ class ModelRun:
 
 def read(path: Path) -> list[OpsRun | ModelRun]:
     """What a file of results holds, or a folder of them. ValueError where that cannot be read."""
+    if not path.exists():
+        raise ValueError(f"no such file or folder: {path}")
     if not path.is_dir():
         return [read_file(path)]
     files = [path / name for name in (OPS_FILE, MODEL_FILE) if (path / name).is_file()]
@@ -94,9 +100,42 @@ def read(path: Path) -> list[OpsRun | ModelRun]:
     return [read_file(file) for file in files]
 
 
+def folder(directory: Path, file: str) -> None:
+    """Make a folder that `file` and its views can be written to, or say why not, before anything runs."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (other,) = {OPS_FILE, MODEL_FILE} - {file}
+    if (directory / other).exists():
+        raise ValueError(f"{directory} holds {other}, and reports of the same names: choose another folder")
+    for name in (file, *VIEWS):
+        if (directory / name).is_dir():
+            raise ValueError(f"{directory / name} is a directory")
+    probe = directory / f".probe-{os.getpid()}"
+    try:
+        probe.write_bytes(b"\n")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(directory)) from error
+
+
+def finished(directory: Path) -> bool:
+    """Whether a folder holds cases of the contract that ran to their end."""
+    try:
+        run = read_file(directory / OPS_FILE)
+    except (OSError, ValueError):
+        return False
+    return isinstance(run, OpsRun) and run.head.interrupted_of is None
+
+
 def read_file(path: Path) -> OpsRun | ModelRun:
     """The run in a file: which kind it is, its first line says."""
-    (where, first), *lines = _lines(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
+    return parsed(path, path.read_bytes())
+
+
+def parsed(path: Path, content: bytes) -> OpsRun | ModelRun:
+    """The same, from what the file holds."""
+    (where, first), *lines = _lines(path, content)
     if first.get("kind") == "model":
         model = _checked(ModelHead, first, where)
         _all_there(path, len(lines), model.rows, "rows")
@@ -105,9 +144,15 @@ def read_file(path: Path) -> OpsRun | ModelRun:
         head = _checked(OpsHead, first, where)
         _all_there(path, len(lines), head.cases, "cases")
         outcomes = [_checked(SavedOutcome, found, at) for at, found in lines]
+        seen = set[str]()
         for (at, _), outcome in zip(lines, outcomes, strict=True):
             if outcome.backend != head.run:
                 raise ValueError(f"{at}: is a case of {outcome.backend}, in a run of {head.run}")
+            if outcome.id in seen:
+                raise ValueError(f"{at}: {outcome.id} is there already")
+            if outcome.verdict not in VERDICTS:
+                raise ValueError(f"{at}: {outcome.verdict!r} is no verdict")
+            seen.add(outcome.id)
         return OpsRun(path, head, outcomes)
     raise ValueError(f"{where}: begins neither a conformance run nor a comparison of models")
 
@@ -127,9 +172,9 @@ def _row(found: dict[str, Any], where: str) -> Row:
     return cast(Row, _checked(kind, found, where))
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where each line stands, and the object on it; at least one."""
-    lines = path.read_bytes().splitlines()
+    lines = content.splitlines()
     if not lines:
         raise ValueError(f"{path}:1: is empty")
     for number, line in enumerate(lines, 1):

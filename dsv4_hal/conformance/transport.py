@@ -22,6 +22,10 @@ class Packed:
 
 
 def pack(results: Mapping[str, Tensor]) -> dict[str, Packed]:
+    """TypeError where one is no tensor."""
+    for name, t in results.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: returned {_told(t)}, expected a tensor")
     return {
         name: Packed(_bytes(t), t.dtype, tuple(t.shape), tuple(t.stride()), t.device.type)
         for name, t in results.items()
@@ -31,6 +35,10 @@ def pack(results: Mapping[str, Tensor]) -> dict[str, Packed]:
 def unpack(results: Mapping[str, Packed]) -> dict[str, Tensor]:
     """The tensors, with the strides they had; on the CPU, but for those of the meta device."""
     return {name: _tensor(packed) for name, packed in results.items()}
+
+
+def _told(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _bytes(t: Tensor) -> bytes:
@@ -45,4 +53,16 @@ def _tensor(packed: Packed) -> Tensor:
     plain = torch.tensor(np.frombuffer(packed.data, np.uint8)).view(packed.dtype).view(packed.shape)
     if packed.strides == plain.stride():
         return plain
-    return torch.empty_strided(packed.shape, packed.strides, dtype=packed.dtype).copy_(plain)
+    return _strided(plain, packed.strides)
+
+
+def _strided(plain: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The same values with these strides, by which elements may share memory, as those of `expand` do."""
+    if not plain.numel():
+        return torch.empty_strided(plain.shape, strides, dtype=plain.dtype)
+    places = torch.zeros(plain.shape, dtype=torch.int64)
+    for dim, (length, stride) in enumerate(zip(plain.shape, strides, strict=True)):
+        places += (torch.arange(length) * stride).view(-1, *[1] * (plain.dim() - dim - 1))
+    memory = torch.zeros(int(places.max()) + 1, plain.itemsize, dtype=torch.uint8)
+    memory[places.flatten()] = plain.reshape(-1).view(torch.uint8).view(-1, plain.itemsize)
+    return memory.view(-1).view(plain.dtype).as_strided(plain.shape, strides)

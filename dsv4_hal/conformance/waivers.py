@@ -8,20 +8,23 @@
       date: 2026-11-25
 
 A backend cannot loosen a tolerance in any other way. A waiver is stale, and fails the run, if no case has such an id,
-or if its cases ran and none failed.
+or if every case of it ran that the backend affords, and none failed. One without a mode is of exact and deployed.
 """
 
 from __future__ import annotations
 
 import datetime
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from dsv4_hal.conformance.runner import GRAD, MODES, Outcome
-from dsv4_hal.ops import OPS
+from dsv4_hal.conformance.runner import GRAD, MODES, About, Outcome, affordable, jobs
+from dsv4_hal.ops import SIZES
+from dsv4_hal.registry import names
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,17 @@ class Waiver:
 
 
 def read_waivers(path: Path) -> list[Waiver]:
-    """The waivers in a file; none where there is none. ValueError names the file and the entry that is wrong."""
-    if not path.exists():
+    """The waivers in a file; none where there is none, or no path (""). ValueError names file and entry."""
+    if not path.name:
         return []
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise ValueError(f"{path}: a link to what is not there") from None
+        return []
+    except RecursionError:
+        raise ValueError(f"{path}: is nested too deeply") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
     if found is None:
@@ -52,6 +61,23 @@ def read_waivers(path: Path) -> list[Waiver]:
     if not isinstance(found, list):
         raise ValueError(f"{path}: must be a list of waivers")
     return [_waiver(entry, f"{path}: waiver {number}") for number, entry in enumerate(found, 1)]
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, and leaves days as text."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in loader.construct_pairs(node, deep=True):
+        if not isinstance(key, str) or key in found:
+            raise ValueError(f"line {node.start_mark.line + 1}: {key} stands twice, or is no text")
+        found[key] = value
+    return found
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: node.value)
 
 
 def _waiver(entry: object, place: str) -> Waiver:
@@ -62,22 +88,31 @@ def _waiver(entry: object, place: str) -> Waiver:
     for key in ("case", "reason"):
         if not isinstance(entry.get(key), str) or not entry[key].strip():
             raise ValueError(f"{place}: {key} must be text")
-    if type(entry.get("date")) is not datetime.date:  # a time of day is one too
-        raise ValueError(f"{place}: date must be a day, as in 2026-11-25")
+    try:
+        date = datetime.date.fromisoformat(entry.get("date", ""))
+    except (ValueError, TypeError):
+        raise ValueError(f"{place}: date must be a day, as in 2026-11-25, got {entry.get('date')!r}") from None
     if entry.get("mode", "") not in ("", *MODES, GRAD):
         raise ValueError(f"{place}: mode must be exact, deployed or {GRAD}")
     if not isinstance(entry.get("backend", ""), str):
         raise ValueError(f"{place}: backend must be text")
-    return Waiver(entry["case"], entry["reason"], entry["date"], entry.get("mode", ""), entry.get("backend", ""))
+    if (backend := entry.get("backend", "")) and backend not in names():
+        near = difflib.get_close_matches(backend, names(), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{place}: no backend is called {backend!r}{hint}")
+    return Waiver(entry["case"], entry["reason"], date, entry.get("mode", ""), backend)
 
 
-def stale(waivers: Sequence[Waiver], outcomes: Sequence[Outcome]) -> list[Waiver]:
-    """Waivers that fit no case there is, and those whose cases ran, and of which none failed."""
-    every = [case.id for spec in OPS.values() for case in spec.cases()]
+def stale(waivers: Sequence[Waiver], outcomes: Sequence[Outcome], about: About) -> list[Waiver]:
+    """Waivers of which no case failed, where no case has such an id, or every one ran that the backend affords: a part
+    of the cases says nothing of the others."""
+    every = jobs(modes=(*MODES, GRAD), size=SIZES[-1]) if waivers else []
     out = []
     for waiver in waivers:
-        ran = [outcome for outcome in outcomes if waiver.matches(outcome)]
-        unknown = not any(id.startswith(waiver.case) for id in every)
-        if unknown or (ran and all(outcome.ok for outcome in ran)):
+        modes = (waiver.mode,) if waiver.mode else MODES
+        mine = [job for job in every if job.case.startswith(waiver.case) and job.mode in modes]
+        due = affordable(mine, about)
+        ran = {outcome.id: outcome.ok for outcome in outcomes if waiver.matches(outcome)}
+        if all(ran.values()) and (not mine or (due and all(job.id in ran for job in due))):
             out.append(waiver)
     return out

@@ -45,9 +45,12 @@ def test_a_bundle_is_compared_and_bisected(tool: Tool, tiny_dir: Path, tmp_path:
     done = tool("bisect", "--against", bundle, "--model", tiny_dir)
     assert done.code == 1
     assert "first wrong op: moe_experts > swiglu in layers.0.ffn, step 0: nmse" in done.out
+    table = [(row.split()[1], row.split()[-2]) for row in done.out.splitlines() if row.startswith("│")]
+    assert ("route", "agrees") in table and ("unpermute", "follows") in table
+    assert [op for op, verdict in table if verdict == "wrong"] == ["swiglu"]
     assert "alone: dsv4-hal conform --backend third -o swiglu" in done.out
     done = tool("compare", "--against", bundle)
-    assert done.code == 2 and "holds a whole model" in done.err
+    assert done.code == 2 and "holds a whole model: add --model DIR" in done.err
     assert tool("record", "--model", tiny_dir, "--out", bundle).code == 2
 
 
@@ -61,7 +64,17 @@ def test_bad_input(tool: Tool, tiny_dir: Path, tmp_path: Path) -> None:
         (("compare", *pair, "--model", "v4-flash"), 2, "it has shapes but no weights"),
         (("compare", *pair, "--model", tmp_path), 2, "config.json"),
         (("compare", *pair, *model, "--mode", "fast"), 2, "--mode must be exact or deployed"),
-        (("compare", *pair, *model, "--tokens", "9,x"), 2, "--tokens must be whole numbers"),
+        *(
+            (("compare", *pair, *model, "--tokens", wrong), 2, "--tokens must be whole numbers")
+            for wrong in ("9,x", "", "0", "1_0", "+5", "٣")
+        ),
+        (("compare", *pair, *model, "--tokens", "99999999999"), 2, "exceed the model's"),
+        (("compare", *pair, *model, "--seed", 2**64), 2, "--seed"),
+        (("compare", "--backends", "reference,auto", *model), 2, "auto is not a backend to compare"),
+        (("compare", "--against", tmp_path / "no", "--backend", "auto", *model), 2, "auto is not a backend"),
+        (("compare", "--against", tmp_path / "no", "--limit", "9"), 2, "--limit goes with --model"),
+        (("compare", "--backends", "reference,nul", *model), 3, "did you mean null?"),
+        (("compare", *pair, *model), 3, "computes shapes, not values"),
         (("compare", *pair, *model, "--tokens", "9", "--prompt", "Hi"), 2, "--prompt gives the tokens"),
         (("compare", *pair, *model, "--backend", "null"), 2, "--backend goes with --against"),
         (("compare", "--against", tmp_path / "no", *pair), 2, "says what was run"),
@@ -69,12 +82,17 @@ def test_bad_input(tool: Tool, tiny_dir: Path, tmp_path: Path) -> None:
         (("compare", "--against", tmp_path / "no", "--backend", "null"), 2, "compared with the reference"),
         (("compare", "--backends", "nul,reference", *model), 3, "did you mean null?"),
         (("compare", "--backends", "null,reference", *model), 3, "computes shapes, not values"),
-        (("bisect", *pair), 2, "name the model"),
-        (("bisect", *model), 2, "two or more different names"),
+        (("bisect", *pair), 2, "name what to compare"),
+        (("bisect", *model), 2, "name what to compare"),
+        (("bisect", "--against", tmp_path / "no", "--backend", "auto", *model), 2, "auto is not a backend"),
         (("bisect", "--backends", "a,b,c", *model), 2, "bisect takes two backends"),
         (("record", "--ops", "--out", tmp_path / "b"), 2, "go with --model"),
         (("record", *model, "-o", "linear", "--out", tmp_path / "b"), 2, "a whole model is recorded whole"),
+        (("record", *model, "--size", "tiny", "--out", tmp_path / "b"), 2, "a whole model is recorded whole"),
         (("record", *model, "--tokens", "2000000", "--out", tmp_path / "b"), 2, "exceed the model's"),
+        (("record", *model, "--backend", "auto", "--out", tmp_path / "b"), 2, "auto is not a backend"),
+        (("record", "--out", tmp_path / ("b" * 240)), 2, "File name too long"),
+        (("record", "--out", "/proc/b"), 2, "/proc/.b.partial"),
     ):
         done = tool(*arguments)
         assert done.code == code, (arguments, done.err)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dsv4_hal.conformance import mutants
+from dsv4_hal.conformance import mutants, runner
 
 Tool = Callable[..., Any]
 FEW = ("-o", "swiglu", "-p", "tokens=5", "--mode", "exact")
@@ -28,7 +28,7 @@ def test_answers_that_are_known_beforehand(tool: Tool) -> None:
     forms = tool("conform", "-o", "route", "-p", "form=")
     assert forms.code == 0 and "against closed forms (3); 3 cases: 3 agrees" in forms.out, forms.err
     golden = tool("conform", "-p", "model[golden=layers.0.ffn]@deployed")
-    assert golden.code == 0 and "against golden vectors (1); 1 cases: 1 agrees" in golden.out, golden.err
+    assert golden.code == 0 and "against golden vectors (1); 1 case: 1 agrees" in golden.out, golden.err
 
 
 def test_answers_are_listed(tool: Tool) -> None:
@@ -79,12 +79,14 @@ def test_waivers_and_exit_codes(tool: Tool, tmp_path: Path) -> None:
     lines = (tmp_path / "report" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["verdict"] for line in lines[1:]] == ["disagrees"] * 8
     waivers = site / "waivers.yaml"
-    waivers.write_text('- {case: "swiglu[", reason: off by a thousandth, date: 2026-11-25}\n')
+    some = "{case: 'swiglu[tokens=5', mode: exact, reason: off by a thousandth, date: 2026-11-25}"
+    waivers.write_text(f"- {some}\n")
     waived = tool(*arguments)
     assert waived.code == 0 and "8 waived" in waived.out and "off by a thousandth" in waived.out
     (site / "third_vendor.py").write_text(MINIMAL.replace("MyChip", "Third"))
     stale = tool(*arguments)
-    assert stale.code == 4 and "stale waiver: swiglu[ of 2026-11-25: no case of it fails" in stale.out
+    assert stale.code == 4 and "stale waiver: swiglu[tokens=5 of 2026-11-25: no case of it fails" in stale.out
+    assert tool(*arguments, "-p", "tokens=5,width=96").code == 0  # the waiver's other cases did not run
     waivers.write_text("- 3\n")
     broken = tool(*arguments)
     assert broken.code == 2 and "waivers.yaml: waiver 1" in broken.err
@@ -101,9 +103,9 @@ def test_cases_can_be_listed_and_pasted_back(tool: Tool) -> None:
     listed = tool("conform", "--list", "-o", "moe").out.split("\n")
     assert len(listed) > 20 and listed[0].startswith("route[")
     done = tool("conform", "-p", listed[0], "--mode", "exact")
-    assert done.code == 0 and "1 cases: 1 agrees" in done.out
+    assert done.code == 0 and "1 case: 1 agrees" in done.out
     again = tool("conform", "-p", f"{listed[0]}@deployed")  # as a failure is shown
-    assert "1 cases: 1 agrees" in again.out
+    assert "1 case: 1 agrees" in again.out
 
 
 @pytest.mark.usefixtures("third")
@@ -130,17 +132,44 @@ def test_gradients(tool: Tool, tmp_path: Path) -> None:
     assert done.code == 0 and "3 cases: 3 agrees" in done.out, done.err
     made = tool("record", *some, "--out", tmp_path / "a.bundle")
     compared = tool("compare", "--against", tmp_path / "a.bundle")
-    assert made.code == compared.code == 0 and compared.out == done.out
+    assert made.code == compared.code == 0
+    assert compared.out.splitlines()[-1] == done.out.splitlines()[-1]
+    assert "not asked: closed forms and golden vectors: a bundle holds the cases" in compared.out
     null = tool("conform", "--backend", "null", *some)
     assert null.code == 3 and "backend null has no gradients" in null.err
 
 
 def test_drawn_cases_can_be_pasted_back(tool: Tool, tmp_path: Path) -> None:
     done = tool("conform", "-o", "rope", "--generate", "3", "--seed", "5", "--out", tmp_path)
-    assert done.code == 0 and "6 cases: 6 agrees" in done.out, done.err
+    told = "6 cases: 6 agrees; drawn with seed 5, as for size classes tiny, interpreted, quick\n"
+    assert done.code == 0 and told in done.out, done.err
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()[1:]]
     pasted = tool("conform", "-p", f"{lines[-1]['case']}@{lines[-1]['mode']}")
-    assert pasted.code == 0 and "1 cases: 1 agrees" in pasted.out, pasted.err
+    assert pasted.code == 0 and "1 case: 1 agrees" in pasted.out, pasted.err
+
+
+def test_an_interrupted_run_says_so_and_replaces_no_other(tool: Tool, tmp_path: Path, monkeypatch: Any) -> None:
+    some = ("conform", *FEW, "--out", tmp_path)
+    judge, seen = runner.judge, list[str]()
+
+    def interrupted(backend: str, job: runner.Job, made: runner.Produced) -> runner.Outcome:
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(job.id)
+        return judge(backend, job, made)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "judge", interrupted)
+        done = tool(*some)
+    assert done.code == 130 and "interrupted after 3 of 8 cases; reference: " in done.out, done.err
+    assert "interrupted after 3 of 8 cases" in (tmp_path / "report.html").read_text()
+    assert tool(*some).code == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    seen.clear()
+    monkeypatch.setattr(runner, "judge", interrupted)
+    done = tool(*some)
+    assert done.code == 130 and "not written: " in done.err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_mutants(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +193,10 @@ def test_mutants(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
         (("-o", "linaer"), 2, "no op or family is called 'linaer'; did you mean linear?"),
         (("-p", "nothing[like=this]"), 2, "'nothing[like=this]' is no id of a case"),
         (("--mutants", "-o", "rope"), 2, "it goes with no other option"),
+        (("--mutants", "--limit", "5"), 2, "it goes with no other option"),
+        (("--mutants", "--seed", "0"), 2, "it goes with no other option"),
+        (("--seed", "3"), 2, "--seed goes with --generate"),
+        (("--out", "/dev/null/x"), 2, "Not a directory: '/dev/null/x'"),
         (("-p", "like-this"), 2, "no case has 'like-this' in its id"),
         (("--limit", "inf"), 2, "--limit"),
         (("-p", "model[golden=layers.9"), 2, "no case has 'model[golden=layers.9' in its id"),

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from dsv4_hal.conformance import bundle as bundles
+from dsv4_hal.conformance import container
 
 Tool = Callable[..., Any]
 FEW = ("-o", "swiglu", "-o", "index_topk", "-o", "quantize", "-p", "5", "--mode", "deployed")
@@ -51,8 +57,11 @@ def test_a_moved_bundle_gives_the_verdicts_of_a_live_run_to_the_bit(tool: Tool, 
     shutil.move(tmp_path / "new" / "a.bundle", tmp_path / "else where" / "b")
     done = tool("compare", "--against", tmp_path / "else where" / "b", "--out", tmp_path / "moved")
     assert lines(tmp_path / "moved") == lines(tmp_path / "live")
-    assert (done.code, done.out) == (live.code, live.out)
-    assert "recorded with dsv4-hal" in done.err
+    told = "not asked: closed forms and golden vectors: a bundle holds the cases of the contract"
+    assert (told in done.out) == (backend == "reference")
+    assert done.code == live.code
+    assert [line for line in done.out.splitlines() if told not in line] == live.out.splitlines()
+    assert "recorded with dsv4-hal" in done.err and sys.executable not in done.err
     assert live.code == (1 if backend == "third" else 0)
 
 
@@ -78,6 +87,16 @@ def test_a_bundle_is_not_written_over(tool: Tool, bundle: Path) -> None:
     assert done.code == 2 and "exists, and a bundle is not written over it" in done.err
     assert bundle.read_bytes() == before
     assert [path.name for path in bundle.parent.iterdir()] == ["a.bundle"]
+
+
+def test_a_bundle_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(container, "save_file", full)
+    with pytest.raises(container.BundleError, match=r"a\.bundle: cannot be written: .*No space left on device"):
+        container.write(tmp_path / "a.bundle", "ops", {}, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_bundles_that_cannot_be_judged(tool: Tool, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,3 +127,57 @@ def test_bundles_that_cannot_be_judged(tool: Tool, bundle: Path, monkeypatch: py
         patch.setattr("dsv4_hal.conformance.container.FORMAT", "4")
         assert "of format 3; this version reads format 4" in refused(bundle)
     assert tool("compare", "--against", bundle).code == 0
+
+
+def test_a_bundle_that_does_not_hold_together(tool: Tool, bundle: Path) -> None:
+    """Its sum is right: whoever made it made it so."""
+    header, tensors = container.read(bundle, "ops")
+    first = header["cases"][0]
+    name = f"{first['case']}@{first['mode']}"
+
+    def refused(change: Callable[[dict[str, Any], dict[str, Any]], object]) -> str:
+        changed, others = copy.deepcopy(header), dict(tensors)
+        change(changed, others)
+        path = bundle.with_name("changed")
+        path.unlink(missing_ok=True)
+        container.write(path, "ops", {k: v for k, v in changed.items() if k not in ("format", "kind")}, others)
+        with pytest.raises(container.BundleError) as caught:
+            bundles.read_bundle(path)
+        assert str(caught.value).startswith(f"{path}: ")
+        return str(caught.value).removeprefix(f"{path}: ")
+
+    def result(**facts: object) -> Callable[[dict[str, Any], dict[str, Any]], object]:
+        return lambda h, t: h["cases"][0]["results"]["y"].update(facts)
+
+    assert refused(lambda h, t: h.pop("contract")) == "contract: Field required"
+    assert refused(lambda h, t: h["cases"][0].pop("verdict")) == "cases.0.verdict: Field required"
+    assert refused(lambda h, t: h["environment"].pop("machine")) == "environment.machine.python: Field required"
+    assert refused(lambda h, t: h["extent"].update(size="huge")).startswith("extent: a size class must be")
+    assert refused(lambda h, t: h["cases"].clear()) == "cases: there are none"
+    assert refused(lambda h, t: h["cases"].append(first)) == f"{name}: it is there twice"
+    assert refused(lambda h, t: h["cases"][0].update(op="rope")) == f"{name}: it is no case of rope"
+    assert "is no id of a case" in refused(lambda h, t: h["cases"][0].update(case="x"))
+    assert "'fast' is no mode" in refused(lambda h, t: h["cases"][0].update(mode="fast"))
+    told = refused(lambda h, t: h["cases"][0].update(results=None, verdict="agrees"))
+    assert told == f"{name}: it has no results, and 'agrees' does not say why"
+    assert "it has results, and a verdict" in refused(lambda h, t: h["cases"][0].update(verdict="crash"))
+    assert refused(result(dtype="float33")) == f"{name}/y: 'float33' is no dtype"
+    assert "do not fit shape" in refused(result(strides=[1]))
+    assert "bytes, and" in refused(result(shape=[9, 9], strides=[9, 1]))
+    assert refused(lambda h, t: t.pop(f"{name}/y")) == f"{name}/y: its bytes are missing"
+    os.mkfifo(bundle.with_name("pipe"))
+    done = tool("compare", "--against", bundle.with_name("pipe"))
+    assert done.code == 2 and "pipe: not a regular file" in done.err
+
+
+def test_the_contract_is_the_text_of_its_cases_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = bundles.contract()
+    bundles.contract.cache_clear()
+    shutil.copytree(Path(bundles.cases.__file__).parent, tmp_path / "cases")
+    with (tmp_path / "cases" / "moe.py").open("a") as file:
+        file.write("# other inputs\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(bundles.cases, "__file__", str(tmp_path / "cases" / "__init__.py"))
+        assert bundles.contract() != before
+    bundles.contract.cache_clear()
+    assert bundles.contract() == before

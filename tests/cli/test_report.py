@@ -38,7 +38,7 @@ def test_runs_are_put_on_one_page(tool: Tool, runs: tuple[Path, Path], tmp_path:
     [
         (["one", "--out", "one/results.jsonl"], "must be a file whose name ends in .html"),
         (["one", "one/results.jsonl", "--out", "page.html"], "one/results.jsonl is given twice"),
-        (["three", "--out", "page.html"], "three"),
+        (["three", "--out", "page.html"], "no such file or folder: three"),
         ([".", "--out", "page.html"], "holds neither results.jsonl nor model.jsonl"),
         (["one/junit.xml", "--out", "page.html"], "one/junit.xml:1: is not JSON"),
     ],

@@ -41,6 +41,20 @@ def test_the_worst_result_of_a_case_counts() -> None:
     assert errors["count"] == 1 and errors["bars"][0]["name"] == "0.1 to 0.32"
 
 
+def test_a_result_that_failed_without_an_error_is_not_drawn_at_that_of_another() -> None:
+    def case(of_budget: float, **metrics: dict[str, float]) -> tuple[Outcome, str]:
+        return Outcome("chip", "rope", "", "", "", "disagrees", "", of_budget, metrics), "fails"
+
+    cases = [
+        case(math.inf, a={"nmse": 0.0}, b={}),
+        case(math.inf, a={"nmse": math.inf}, b={}),
+        case(3, a={"nmse": 1.0}),
+    ]
+    shares, errors = distributions(cases)
+    assert (shares["count"], shares["missing"]) == (3, 0)
+    assert (errors["count"], errors["missing"]) == (2, 1) and all(bar["name"] != "0" for bar in errors["bars"])
+
+
 def test_drift_puts_larger_errors_higher_and_zero_on_its_line() -> None:
     errors = (0.0, 1e-5, 1e-3)
     parts = [Part("chip", n, 0, "attn", e, budget_rms=1e-4, verdict="agrees") for n, e in enumerate(errors)]

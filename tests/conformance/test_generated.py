@@ -27,7 +27,7 @@ class Faulty(Reference):
 
 def drawn(backend: str, op: str, count: int, seed: int = 0, size: str = "tiny") -> list[Outcome]:
     with Worker(backend, ("exact",)) as worker:
-        return list(generate(worker, [op], count, ("exact",), size, seed))
+        return [o for found in generate(worker, [op], count, ("exact",), size, seed) for o in found]
 
 
 def test_draws_are_new_and_the_same_every_time() -> None:
@@ -40,9 +40,13 @@ def test_draws_are_new_and_the_same_every_time() -> None:
 
 def test_a_failure_is_shrunk_to_the_smallest(package: Callable[[str, str, str], None]) -> None:
     package("faulty", FAULTY, "Faulty")
-    failed = [o for o in drawn("faulty", "rope", 60) if not o.ok]
+    outcomes = drawn("faulty", "rope", 60)
+    failed = [o for o in outcomes if not o.ok]
     assert len(failed) == 1 and failed[0].verdict == "disagrees"
     assert "tokens=1,heads=2," in failed[0].case, failed[0].case
+    right = drawn("reference", "rope", 60)
+    first = next(n for n, o in enumerate(right) if o.case not in {o.case for o in outcomes[:-1]})
+    assert [o.case for o in outcomes[:-1]] == [o.case for o in right[:first]]  # and nothing that shrinking tried
 
 
 @pytest.mark.parametrize("op", ["sparse_attention", "grouped_linear", "state_copy"])

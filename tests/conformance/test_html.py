@@ -142,6 +142,20 @@ def test_failures_say_what_is_wrong_and_how_to_see_it_again(tmp_path: Path) -> N
     assert not Page(page([ops(tmp_path, OWN)])).find("table", class_="failures")
 
 
+def test_an_interrupted_run_is_not_green(tmp_path: Path) -> None:
+    report.write(Run("chip", (OWN,), ABOUT, interrupted_of=12), tmp_path)
+    (card,) = Page(page([read_file(tmp_path / "results.jsonl")])).find("article")
+    assert card["class"] == "card waived" and "⚑ interrupted after 1 of 12 cases" in card["text"]
+    assert "no failures" not in card["text"]
+
+
+def test_a_path_that_is_not_utf_8_can_be_shown(tmp_path: Path) -> None:
+    runs = [ops(tmp_path / name, OWN) for name in ("a", "b")]
+    odd = [replace(run, place=Path(f"\udcff{n}")) for n, run in enumerate(runs)]
+    assert "chip (\\udcff0)" in Page(page(odd)).words
+    page(odd).encode()
+
+
 def test_every_case_is_on_the_page_with_its_numbers(tmp_path: Path) -> None:
     many = [replace(OWN, case=f"linear[format=bf16,n={n}]", mode=m) for n in range(30) for m in ("exact", "deployed")]
     found = Page(page([ops(tmp_path, *many)]))
@@ -189,7 +203,7 @@ HOSTILE = "<script>x()</script></style><!--'\"&amp;{{ 7*7 }}\u2028</tbody>\\"
 
 def test_hostile_text_is_only_text(tmp_path: Path) -> None:
     nasty = dict.fromkeys(("backend", "op", "case", "mode", "runs_as", "message"), HOSTILE)
-    outcome = Outcome(**nasty, verdict=HOSTILE, metrics={HOSTILE: {HOSTILE: 1.0}})
+    outcome = Outcome(**nasty, verdict="error", metrics={HOSTILE: {HOSTILE: 1.0}})
     about = About("", {HOSTILE: {HOSTILE: HOSTILE}}, {HOSTILE: {HOSTILE: HOSTILE}})
     rows = (
         Part(HOSTILE, 0, 0, HOSTILE, 1e-3, verdict="error", message=HOSTILE),

@@ -15,7 +15,7 @@ from dsv4_hal.backend import BackendError
 from dsv4_hal.conformance import container, model_run
 from dsv4_hal.conformance.container import BundleError
 from dsv4_hal.conformance.drift import Free, Part, Picks, _alike
-from dsv4_hal.conformance.model_compare import bisect_live, bisect_recorded, first_place, live, recorded
+from dsv4_hal.conformance.model_compare import bisect_live, bisect_recorded, first_place, headline, live, recorded
 from dsv4_hal.conformance.model_report import write
 from dsv4_hal.conformance.replay import KEPT, Script, kept_rows
 from dsv4_hal.model.checkpoint import init_checkpoint
@@ -51,9 +51,9 @@ def silent(what: str) -> Callable[[int, int], None]:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs take place in this process: what is tested is what they find."""
 
-    def run(progress: Any, task: Callable[..., None], *args: Any) -> None:
+    def run(backend: str, limit: float, progress: Any, task: Callable[..., None], *args: Any) -> None:
         with torch.inference_mode():
-            task(progress, *args)
+            task(progress or silent(""), *args)
 
     monkeypatch.setattr(model_run, "_in_process", run)
 
@@ -107,8 +107,12 @@ FAULTS = {
 }
 
 
+# One of every part, and of both modes; all with `make full`.
+QUICK = ("limit_lost", "sinkhorn_short", "one_base_for_all", "state_not_carried", "head_scale_forgotten")
+
+
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [f if f in QUICK else pytest.param(f, marks=pytest.mark.full) for f in FAULTS])
 def test_a_fault_is_found_where_it_is(tiny_dir: Path, install: Install, fault: str) -> None:
     place, op, mode = FAULTS[fault]
     install(
@@ -219,13 +223,56 @@ def test_a_bundle_of_another_model_is_refused(tiny_dir: Path, tmp_path: Path) ->
         recorded(str(tiny_dir), path, "reference", silent)
 
 
+PLACES = {
+    "plan": ("    def plan(self, *args):\n        raise ValueError('vboom')\n", "vendor, plan: ValueError: vboom"),
+    "row_layout": (
+        "    def row_layout(self, *args):\n        raise ValueError('vboom')\n",
+        "vendor, row_layout: V",
+    ),
+    "repack": ("    def repack(self, weight):\n        raise ValueError('vboom')\n", "vendor, repack: ValueError"),
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("place", PLACES)
+def test_a_backend_that_raises_outside_of_a_part_is_named_with_its_place(
+    tiny_dir: Path, install: Install, place: str
+) -> None:
+    body, message = PLACES[place]
+    install(body)
+    short = Script(((5, 6, 7),), 0)
+    (row,) = live(str(tiny_dir), ["reference", "vendor"], "exact", short, silent).failed
+    assert (row.backend, row.name, row.verdict) == ("vendor", "process", "error") and message in row.message
+    with pytest.raises(BackendError, match=message):
+        live(str(tiny_dir), ["vendor", "reference"], "exact", short, silent)
+    found = bisect_live(str(tiny_dir), ["reference", "vendor"], "exact", short, silent)
+    assert [row.message for row in found.compared.failed] == [row.message] and not found.place
+
+
+def test_a_step_that_hangs_is_given_up(tiny_dir: Path, install: Install, tmp_path: Path) -> None:
+    install("    def hc_head(self, *args, **kwargs):\n        import time\n        time.sleep(600)\n")
+    with pytest.raises(BackendError, match=r"backend vendor: no progress for 1\.\d s, after 0 steps"):
+        model_run.record(tmp_path / "b", str(tiny_dir), "vendor", "exact", Script(((5, 6, 7),), 0), limit=1.0)
+
+
 def test_a_process_that_is_lost_is_told(tiny_dir: Path, install: Install) -> None:
     install("    def hc_head(self, *args, **kwargs):\n        import os\n        os._exit(7)\n")
     found = live(str(tiny_dir), ["reference", "vendor"], "exact", Script(((5, 6, 7),), 0), silent)
     (row,) = found.failed
-    assert row.name == "process" and "exit code 7" in row.message
-    with pytest.raises(BackendError, match="no backend is called 'nowhere'"):
-        live(str(tiny_dir), ["nowhere", "reference"], "exact", SCRIPT, silent)
+    assert row.name == "process" and "the process of backend vendor ended with exit code 7" in row.message
+    assert list(headline(found)) == [f"vendor against reference: not compared: {row.message}"]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("judge", [live, bisect_live])
+def test_a_backend_that_cannot_be_used_is_found_before_anything_runs(
+    tiny_dir: Path, install: Install, monkeypatch: pytest.MonkeyPatch, judge: Callable[..., Any]
+) -> None:
+    install("    def __init__(self, *args):\n        raise OSError('no card')\n")
+    monkeypatch.setattr(model_run, "record", None)
+    for backend, why in (("nowhere", "no backend is called"), ("null", "computes shapes"), ("vendor", "no card")):
+        with pytest.raises(BackendError, match=why):
+            judge(str(tiny_dir), ["reference", backend], "exact", SCRIPT, silent)
 
 
 def test_the_first_part_is_that_of_the_forward_pass() -> None:

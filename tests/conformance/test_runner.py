@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from dsv4_hal.backend import BackendError
 from dsv4_hal.backends.reference import Reference
+from dsv4_hal.conformance import runner
 from dsv4_hal.conformance.guard import Misconduct, watch
-from dsv4_hal.conformance.runner import Job, Outcome, Worker, conform, jobs, run
+from dsv4_hal.conformance.runner import Job, Outcome, Worker, conform, jobs, judge, produce, run
+from dsv4_hal.conformance.waivers import read_waivers
 from dsv4_hal.dispatch import resolve
 from dsv4_hal.numerics import exact
 from dsv4_hal.ops import OPS, SIZES
@@ -60,6 +63,13 @@ class Evil(Reference):
     def hc_head(self, *args):
         return super().hc_head(*args)[:-1]
 
+    def hc_pre(self, *args):
+        return super().hc_pre(*args)[:2] + (None,)
+
+    def block_diagonal_linear(self, *args):
+        y = super().block_diagonal_linear(*args)
+        return y[:1].expand(y.shape)
+
     def sparse_attention(self, q, kv, sink, scale, batch, *args, **kwargs):
         y = super().sparse_attention(q, kv, sink, scale, batch, *args, **kwargs)
         batch.positions.zero_()
@@ -69,27 +79,78 @@ class Evil(Reference):
         import subprocess
         subprocess.run(["true"])  # a worker may start processes of its own
         return super().quantize(x, fmt)
+
+    def state_new(self, *args):
+        raise KeyboardInterrupt
+
+    def route(self, *args):
+        raise Mute
+
+    def index_topk(self, *args, **kwargs):
+        torch.set_default_dtype(torch.float16)
+        torch.set_default_device("meta")
+        torch.set_grad_enabled(True)
+        torch.set_num_threads(3)
+        torch.set_deterministic_debug_mode("warn")
+        os.chdir("/")
+        os.environ.clear()
+        return super().index_topk(*args, **kwargs)
+
+    def dequantize(self, *args):
+        os.fork()  # and both go on
+        return super().dequantize(*args)
+
+    def q_norm_rope(self, *args):
+        import gc
+        from dsv4_hal.conformance.process import Line
+        for line in [found for found in gc.get_objects() if type(found) is Line]:
+            line.send((0, None))
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError
 """
 EXPECTED = {
-    "hadamard": ("disagrees", "nmse inf"),
+    "hadamard": (
+        "disagrees",
+        "2560 of 2560 elements are NaN or infinite where the reference is not, or the reverse, the first at 0: nan",
+    ),
     "rms_norm": ("disagrees", "dtype torch.float64, expected"),
     "rope": ("misconduct", "rope changed its input x"),
     "swiglu": ("misconduct", "swiglu wrote outside of out"),
     "embedding": ("timeout", "no result after"),
-    "unpermute": ("crash", "the process ended with exit code 9"),
+    "unpermute": ("crash", "the process of backend evil ended with exit code 9"),
     "permute": ("error", "ZeroDivisionError: no experts"),
     "hc_post": ("disagrees", "on meta, expected cpu"),
     "hc_head": ("disagrees", "shape"),
+    "hc_pre": ("error", "comb: returned None, expected a tensor"),
+    "block_diagonal_linear": ("disagrees", "y: strides (0, "),
     "sparse_attention": ("misconduct", "sparse_attention changed its input batch"),
     "quantize": ("agrees", ""),
+    "state_new": ("error", "KeyboardInterrupt"),
+    "route": ("error", "Mute: (its text raises ValueError)"),
+    "index_topk": (
+        "misconduct",
+        "index_topk changed the default dtype, the default device, whether gradients are recorded, the number of "
+        "threads, whether algorithms are deterministic, the working directory, variables of the environment",
+    ),
+    "mlp": ("agrees", ""),  # finds nothing of that
+    "dequantize": ("agrees", ""),
+    "q_norm_rope": ("misconduct", "backend evil answered for another case"),
     "linear": ("agrees", ""),
 }
 
 
-def test_everything_is_reported_as_what_it_is(package: Package) -> None:
+def test_everything_is_reported_as_what_it_is(package: Package, capfd: pytest.CaptureFixture[str]) -> None:
     package("evil", EVIL, "Evil")
     wanted = {"swiglu": "how=out", "embedding": "tokens=5", "unpermute": "tokens=5", "linear": "tokens=5,inputs=256"}
-    wanted |= {"sparse_attention": "ragged=chunked,entries=none", "quantize": "rows=5"}
+    wanted |= {
+        "sparse_attention": "ragged=chunked,entries=none",
+        "quantize": "rows=5",
+        "state_new": "ratio=4",
+        "dequantize": "rows=130",
+        "index_topk": "ragged=chunked",
+    }
     work = []
     for op in EXPECTED:
         found = [job for job in jobs([op], modes=["exact"]) if wanted.get(op, "tokens=5") in job.case]  # fmt: skip
@@ -99,6 +160,42 @@ def test_everything_is_reported_as_what_it_is(package: Package) -> None:
     for op, (verdict, message) in EXPECTED.items():
         assert (outcomes[op].verdict, outcomes[op].case) == (verdict, next(j.case for j in work if j.op == op))
         assert message in outcomes[op].message, op
+    assert capfd.readouterr().err == ""
+
+
+def test_what_cannot_be_judged_is_an_error_of_that_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(job: Job, got: object) -> None:
+        raise RuntimeError("out of memory")
+
+    (job,) = jobs(["hadamard"], "tokens=5", ["exact"])
+    made = produce(Reference, job)
+    monkeypatch.setattr(runner, "_of_reference", broken)
+    outcome = judge("reference", job, made)
+    assert (outcome.verdict, outcome.size) == ("error", job.size)
+    assert outcome.message == "it cannot be judged: RuntimeError: out of memory"
+
+
+REFUSING = """
+from dsv4_hal.backend import Verdict
+from dsv4_hal.backends.reference import Reference
+
+class Refusing(Reference):
+    name = "refusing"
+
+    def supports(self, op, facts):
+        if op in ("hadamard", "rope"):
+            return Verdict(False, "no such unit")
+        return super().supports(op, facts)
+
+    def hadamard(self, x):
+        return super().hadamard(x)
+"""
+
+
+def test_a_backend_says_which_of_its_own_ops_it_refuses(package: Package) -> None:
+    package("refusing", REFUSING, "Refusing")
+    with Worker("refusing", ["exact"]) as worker:
+        assert worker.about.refused == {"hadamard": "no such unit"}  # rope is not its own
 
 
 def test_a_backend_that_cannot_be_used(package: Package) -> None:
@@ -152,11 +249,14 @@ def test_one_case_at_a_time(package: Package, name: str, code: str, after: str) 
 
 
 MODEST = """
+import os
 from dsv4_hal.backends.reference import Reference
 
 class Modest(Reference):
     name = "modest"
     affords = "{affords}"
+
+os.fork()  # the copy would say of itself the same, and would run the same cases
 """
 
 
@@ -181,6 +281,7 @@ from dsv4_hal.backends.reference import Reference
 
 class Slow(Reference):
     name = "slow"
+    __module__ = "nowhere"  # of no file
 
     def __init__(self, *args):
         time.sleep(1.5)
@@ -190,8 +291,31 @@ class Slow(Reference):
 
 def test_the_time_to_make_a_backend_is_not_a_case_s(package: Package) -> None:
     package("slow", SLOW, "Slow")
-    outcomes = list(conform("slow", jobs(["hadamard"], "tokens=5", ["exact"]), limit=1.0))
-    assert {o.verdict for o in outcomes} == {"agrees"}
+    with Worker("slow", ["exact"]) as worker:
+        made = worker.produce(jobs(["hadamard"], "tokens=5", ["exact"])[0], limit=1.0)
+    assert made.verdict == "" and read_waivers(Path(worker.about.waivers)) == []
+
+
+class Interrupted:
+    """A process: the user has enough while it starts."""
+
+    ended = 0
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def receive(self, seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    def end(self) -> None:
+        Interrupted.ended += 1
+
+
+def test_a_worker_that_is_interrupted_while_it_starts_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "Child", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Worker("reference")
+    assert Interrupted.ended == 1
 
 
 def test_jobs() -> None:
@@ -271,6 +395,44 @@ def test_a_result_in_the_memory_of_an_earlier_one() -> None:
     ops.hadamard(torch.ones(3, 8))
     with pytest.raises(Misconduct, match="hadamard returned the memory of an earlier result"):
         ops.hadamard(torch.ones(3, 8))
+
+
+@pytest.mark.parametrize("what", ["returned", "was given"])
+@pytest.mark.parametrize("between", [False, True])
+def test_what_an_earlier_call_got_and_returned_stays(what: str, between: bool) -> None:
+    class Late(Reference):
+        name = "late"
+        before: Tensor | None = None
+
+        def hadamard(self, x: Tensor) -> Tensor:
+            self.spoil()
+            y = super().hadamard(x)
+            self.before = (y if what == "returned" else x).view(-1)
+            return y
+
+        def swiglu(self, *args: Any, **kwargs: Any) -> Tensor:
+            self.spoil()
+            return super().swiglu(*args, **kwargs)
+
+        def spoil(self) -> None:
+            if self.before is not None:
+                self.before.zero_()
+
+    ops = resolve([Late(exact())])
+    watch(ops)
+    x, y = torch.ones(3, 8), torch.ones(3, 8)
+    assert ops.hadamard(x).any()
+    with pytest.raises(Misconduct, match=f"changed what an earlier call of hadamard {what}"):
+        ops.swiglu(torch.ones(3, 8), None) if between else ops.hadamard(y)
+
+
+def test_what_a_call_may_write_to_may_be_of_an_earlier_one() -> None:
+    ops = resolve([Reference(exact())])
+    watch(ops)
+    y = ops.hadamard(torch.ones(3, 8))
+    ops.swiglu(torch.ones(3, 16), None, out=y)
+    state = ops.state_new(2, 4, True, 8, 0)
+    ops.state_reset(state, 1)
 
 
 class Narrow(Reference):

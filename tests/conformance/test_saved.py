@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from dsv4_hal.conformance.drift import Free, Part, Picks
 from dsv4_hal.conformance.model_compare import Compared
 from dsv4_hal.conformance.report import Run
 from dsv4_hal.conformance.runner import About, Outcome
-from dsv4_hal.conformance.saved import ModelRun, OpsRun, printable, read, read_file
+from dsv4_hal.conformance.saved import MODEL_FILE, OPS_FILE, ModelRun, OpsRun, folder, printable, read, read_file
 from dsv4_hal.conformance.waivers import Waiver
 
 ABOUT = About("", {"exact": {"storage": "float32"}}, {"machine": {"system": "a chip"}})
@@ -122,6 +123,9 @@ def rewritten(change: Callable[[list[dict[str, Any]]], object]) -> Callable[[byt
         (rewritten(lambda lines: lines[2].update(of_budget="much")), 3, "of_budget"),
         (rewritten(lambda lines: lines[2].update(metrics={"y": {"nmse": []}})), 3, "metrics.y.nmse"),
         (rewritten(lambda lines: lines[3].update(backend="other")), 4, "is a case of other, in a run of chip"),
+        (rewritten(lambda lines: lines[2].update(case="linear[n=1]")), 3, "linear[n=1]@exact is there already"),
+        (rewritten(lambda lines: lines[3].update(verdict="fine")), 4, "'fine' is no verdict"),
+        (rewritten(lambda lines: lines[1].update(of_budget=-1)), 2, "of_budget"),
     ],
 )
 def test_damage_is_named_with_its_line(ops: Path, damage: Callable[[bytes], bytes], line: int, why: str) -> None:
@@ -150,8 +154,30 @@ def test_damage_to_a_model_is_named_too(model: Path, damage: Callable[[bytes], b
 def test_a_folder_without_results(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds neither results\.jsonl nor model\.jsonl"):
         read(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"no such file or folder: .*none\.jsonl"):
         read(tmp_path / "none.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: not a regular file"):
+        read(tmp_path / "pipe")
+
+
+def test_a_folder_is_looked_at_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "new" / "one", OPS_FILE)
+    assert not list((tmp_path / "new" / "one").iterdir())
+    (tmp_path / "new" / "one" / MODEL_FILE).touch()
+    folder(tmp_path / "new" / "one", MODEL_FILE)
+    with pytest.raises(ValueError, match=r"one holds model\.jsonl, and reports of the same names"):
+        folder(tmp_path / "new" / "one", OPS_FILE)
+    (tmp_path / "results.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"results\.jsonl is a directory"):
+        folder(tmp_path, OPS_FILE)
+
+    def refused(path: Path, content: bytes) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", refused)
+    with pytest.raises(PermissionError, match=r"/new'$"):
+        folder(tmp_path / "new", OPS_FILE)
 
 
 def test_what_cannot_be_printed_is_escaped() -> None:

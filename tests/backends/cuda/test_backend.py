@@ -64,7 +64,8 @@ def test_without_a_gpu_it_says_how_to_check_kernels():
 EXPLAINED = """
 from dsv4_hal.cli import main
 import sys
-sys.argv = ["dsv4-hal", "explain", "--backend", "cuda", "--model", "v4-flash", "--assume", "sm_100", "--mode", MODE, "--json"]
+chosen = ["--backend", "cuda", "--model", "v4-flash", "--assume", "sm_100", "--mode", MODE]
+sys.argv = ["dsv4-hal", "explain", *chosen, "--json"]
 main()
 """
 

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The CUDA backend. With an NVIDIA GPU: its compiled kernels on all cases, and their tests. Without one, as `interpreted`
+# says: the same kernels in Triton's interpreter, on the cases that it affords.
+#   bash ci/cuda.sh .venv/bin               skips, with the reason, where there is no GPU
+#   bash ci/cuda.sh .venv/bin interpreted
+set -euo pipefail
+bin=$(cd "$1" && pwd)
+if [ "${2:-}" = interpreted ]; then
+  export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
+  "$bin/dsv4-hal" conform --backend cuda --size interpreted
+elif "$bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  unset TRITON_INTERPRET
+  "$bin/dsv4-hal" conform --backend cuda --size full
+  "$bin/dsv4-hal" conform --backend cuda --grad
+  "$bin/dsv4-hal" compare --backends reference,cuda --model tests/data/tiny
+  "$bin/python" -m pytest tests/backends
+else
+  echo "test-cuda: skipped, torch finds no NVIDIA GPU on this machine"
+fi
