@@ -16,12 +16,11 @@ STEPS = ("decode", "prefill", "alone")  # those whose kernels are shown; others 
 
 _PREAMBLE = """# Kernels
 
-Written by `python benchmarks/kernels.py --part full --write docs/kernels.md`; do not edit.
+Written by `python benchmarks/kernels.py --write docs/kernels.md` (`--part full`: for more targets); do not edit.
 
 **Nothing here ran on a GPU.** Kernels were compiled ahead of time by triton {triton}, through the backend's own host
-code, for every call that DeepSeek-V4-Flash and -Pro make in steps of every sort at full size (mode exact: Flash).
-What a kernel takes is what the assembler says; times are bounds that follow from published figures of the devices,
-never measurements.
+code, for every call that DeepSeek-V4-Flash and -Pro make at full size. What a kernel takes is what the assembler says;
+times are bounds that follow from published figures of the devices, never measurements.
 
 Figures of a kernel are the largest over its variants (constants, dtypes, alignments) in a decode step of 64 sequences,
 in a prefill of 4096 tokens, and in what no step calls; those of other steps are checked, and not shown. Shared memory

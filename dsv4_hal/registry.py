@@ -38,11 +38,6 @@ class BackendInfo:
     automatic: bool = False
 
 
-def names() -> list[str]:
-    """Names of all backends; none of them is loaded."""
-    return sorted(_registered())
-
-
 def list_backends(names: Sequence[str] | None = None) -> list[BackendInfo]:
     """Every registered backend, or those named, and whether this machine can run it. A broken one is listed with what
     broke."""

@@ -71,13 +71,14 @@ _PAIR = {
     "widened": _tile(64, 128, 32, 8, 3),
     "float32": _tile(32, 64, 32, 8, 2),
 }
+_BLACKWELL_PAIR = {kind: {**tile, "BM": 64} for kind, tile in _BLACKWELL.items()}
 EXPERTS: Mapping[str, Tiles] = {
     "sm_80": _PAIR,
     "sm_86": _PAIR,
     "sm_89": _PAIR,
     "sm_90": {**_PAIR, "widened": _tile(64, 128, 64, 8, 3)},
-    "sm_100": _BLACKWELL,
-    "sm_103": _BLACKWELL,
+    "sm_100": _BLACKWELL_PAIR,
+    "sm_103": _BLACKWELL_PAIR,
     "sm_120": _PAIR,
     "gfx942": {**_PAIR, "plain": _tile(64, 128, 64, 8, 2), "widened": _tile(64, 128, 64, 8, 2)},
     "gfx950": {k: _tile(64, 128, 128, 8, 2) for k in ("plain", "float8", "widened", "scaled")} | {"float32": _SINGLE},

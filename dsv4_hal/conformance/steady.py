@@ -76,4 +76,4 @@ def _told(thing: Any) -> str:
         return "[" + ", ".join(map(_told, thing)) + "]"
     if isinstance(thing, dict):
         return "{" + ", ".join(f"{name}: {_told(value)}" for name, value in thing.items()) + "}"
-    return str(thing)
+    return type(thing).__name__ if isinstance(thing, torch.UntypedStorage) else str(thing)

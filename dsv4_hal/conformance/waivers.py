@@ -14,7 +14,6 @@ or if every case of it ran that the backend affords, and none failed. One withou
 from __future__ import annotations
 
 import datetime
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,10 @@ from typing import Any
 
 import yaml
 
+from dsv4_hal.backend import BackendError
 from dsv4_hal.conformance.runner import GRAD, MODES, About, Outcome, affordable, jobs
 from dsv4_hal.ops import SIZES
-from dsv4_hal.registry import names
+from dsv4_hal.registry import registered
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,11 @@ def _waiver(entry: object, place: str) -> Waiver:
         raise ValueError(f"{place}: mode must be exact, deployed or {GRAD}")
     if not isinstance(entry.get("backend", ""), str):
         raise ValueError(f"{place}: backend must be text")
-    if (backend := entry.get("backend", "")) and backend not in names():
-        near = difflib.get_close_matches(backend, names(), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{place}: no backend is called {backend!r}{hint}")
+    if backend := entry.get("backend", ""):
+        try:
+            registered(backend)
+        except BackendError as error:
+            raise ValueError(f"{place}: {error}") from error
     return Waiver(entry["case"], entry["reason"], date, entry.get("mode", ""), backend)
 
 

@@ -63,8 +63,8 @@ class Evil(Reference):
     def hc_head(self, *args):
         return super().hc_head(*args)[:-1]
 
-    def hc_pre(self, *args):
-        return super().hc_pre(*args)[:2] + (None,)
+    def grouped_linear(self, *args):
+        return None
 
     def block_diagonal_linear(self, *args):
         y = super().block_diagonal_linear(*args)
@@ -80,7 +80,7 @@ class Evil(Reference):
         subprocess.run(["true"])  # a worker may start processes of its own
         return super().quantize(x, fmt)
 
-    def state_new(self, *args):
+    def hc_pre(self, *args):
         raise KeyboardInterrupt
 
     def route(self, *args):
@@ -123,11 +123,11 @@ EXPECTED = {
     "permute": ("error", "ZeroDivisionError: no experts"),
     "hc_post": ("disagrees", "on meta, expected cpu"),
     "hc_head": ("disagrees", "shape"),
-    "hc_pre": ("error", "comb: returned None, expected a tensor"),
+    "grouped_linear": ("error", "y: returned None, expected a tensor"),
     "block_diagonal_linear": ("disagrees", "y: strides (0, "),
     "sparse_attention": ("misconduct", "sparse_attention changed its input batch"),
     "quantize": ("agrees", ""),
-    "state_new": ("error", "KeyboardInterrupt"),
+    "hc_pre": ("error", "KeyboardInterrupt"),
     "route": ("error", "Mute: (its text raises ValueError)"),
     "index_topk": (
         "misconduct",
@@ -147,7 +147,7 @@ def test_everything_is_reported_as_what_it_is(package: Package, capfd: pytest.Ca
     wanted |= {
         "sparse_attention": "ragged=chunked,entries=none",
         "quantize": "rows=5",
-        "state_new": "ratio=4",
+        "grouped_linear": "rows=",
         "dequantize": "rows=130",
         "index_topk": "ragged=chunked",
     }
