@@ -9,7 +9,7 @@ from typing import Any
 
 import triton
 
-from dsv4_hal.backends.cuda.checks import SPILLS, WITHOUT_MATRIX
+from dsv4_hal.backends.cuda.checks import SPILLS
 from dsv4_hal.backends.cuda.devices import ARCHS, DEVICES
 
 STEPS = ("decode", "prefill", "alone")  # those whose kernels are shown; others differ in how arguments are aligned
@@ -97,11 +97,6 @@ def _of_target(target: str, mode: str, kernels: Sequence[Any]) -> str:
     head = ["kernel", "ops", "variants", "registers", f"shared of {arch.shared}", f"tensor of {arch.tensor}"]
     text = _table([*head, "spilled bytes", "matrix instructions"], rows)
     notes = [f"- `{s.kernel}` may spill {s.bytes} bytes: {s.reason}" for s in SPILLS if s.target == target]
-    notes += [
-        f"- `{name}` may do without matrix instructions: {why}"
-        for name, why in WITHOUT_MATRIX.items()
-        if any(k.kernel == name and k.dots and not k.matrix for k in kernels)
-    ]
     return text + "".join(f"\n{note}" for note in notes) + "\n" * bool(notes)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Protocol
 
 from dsv4_hal.backends.cuda.devices import ARCHS
@@ -21,9 +20,9 @@ class Checked(Protocol):
 
     kernel: str
     target: str
+    constants: Mapping[str, str]
     shared: int
     tensor: int
-    registers: int
     spilled: int
     dots: bool
     matrix: Sequence[str]
@@ -43,13 +42,34 @@ class Spill:
 
 SPILLS: tuple[Spill, ...] = ()
 
-# Kernel -> architecture -> matrix instruction that must be in it. A kernel that is not named needs some, if its source
-# has a matrix product.
-MATRIX: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
-# Kernels whose products may be made of ordinary multiplications, and why.
-WITHOUT_MATRIX: Mapping[str, str] = MappingProxyType(
-    {"norm_rope.hadamard": "mode exact stores float32, which only AMD's matrix units multiply exactly"}
+@dataclass(frozen=True)
+class Matrix:
+    """The matrix instruction, by architecture, that a kernel's variants with these constants must have. Architectures
+    that are not named, and other kernels, need any, if operands are narrower than float32."""
+
+    kernel: str
+    constants: Mapping[str, str]
+    instructions: Mapping[str, str]
+
+
+_BFLOAT16 = {"sm_80": "mma bf16", "sm_90": "wgmma bf16", "sm_100": "tcgen05 f16", "sm_120": "mma bf16"}
+_BFLOAT16 |= dict.fromkeys(("gfx942", "gfx950"), "mfma bf16")
+_FLOAT8 = {"sm_90": "wgmma e4m3", "sm_100": "tcgen05 f8f6f4", "sm_120": "mma e4m3"}
+_SCALED = {"sm_100": "tcgen05 mxf8f6f4", "gfx950": "mfma_scale f8f6f4"}
+
+MATRIX: tuple[Matrix, ...] = (
+    *(
+        Matrix(kernel, constants, instructions)
+        for kernel in ("gemm.matmul", "experts.hidden")
+        for constants, instructions in (
+            ({"OPERAND": "bf16", "SCALES": "none"}, _BFLOAT16),
+            ({"OPERAND": "bf16", "SCALES": "fold"}, _BFLOAT16),
+            ({"OPERAND": "fp8e4nv"}, _FLOAT8),
+            ({"SCALES": "mx"}, _SCALED),
+        )
+    ),
+    Matrix("indexer.score", {"NARROW": "bf16"}, _BFLOAT16),
 )
 
 
@@ -77,13 +97,18 @@ def problems(kernels: Iterable[Checked], whole: bool = True) -> list[str]:
                 fail(f"spills {k.spilled} bytes, allowed are {allowed.get(where, 0)}")
             elif k.decode and k.spilled > DECODE_SPILL:
                 fail(f"spills {k.spilled} bytes in a decode step, where at most {DECODE_SPILL} can be allowed")
-        wanted = MATRIX.get(k.kernel, {}).get(k.target)
-        if wanted is not None and wanted not in k.matrix:
-            fail(f"needs {wanted}, has {', '.join(k.matrix) or 'no matrix instruction'}")
-        if k.dots and not k.matrix and k.kernel not in WITHOUT_MATRIX:
+        has = ", ".join(k.matrix) or "no matrix instruction"
+        for wanted in (m.instructions.get(k.target) for m in MATRIX if _meant(m, k)):
+            if wanted is not None and wanted not in k.matrix:
+                fail(f"needs {wanted}, has {has}")
+        if k.dots and not k.matrix:
             fail("has matrix products and no matrix instruction")
     if whole:
         for where, used in spilled.items():
             if where[1] in targets and where in allowed and used != allowed[where]:
                 found.append(f"{where[0]} on {where[1]}: {allowed[where]} bytes of spills are allowed, it has {used}")
     return sorted(set(found))
+
+
+def _meant(matrix: Matrix, kernel: Checked) -> bool:
+    return matrix.kernel == kernel.kernel and matrix.constants.items() <= kernel.constants.items()

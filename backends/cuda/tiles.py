@@ -71,7 +71,10 @@ _PAIR = {
     "widened": _tile(64, 128, 32, 8, 3),
     "float32": _tile(32, 64, 32, 8, 2),
 }
-_BLACKWELL_PAIR = {kind: {**tile, "BM": 64} for kind, tile in _BLACKWELL.items()}
+_BLACKWELL_PAIR = {
+    **{kind: {**tile, "BM": 64} for kind, tile in _BLACKWELL.items()},
+    "scaled": _tile(128, 64, 128, 8, 3),  # units multiply scaled blocks in tiles of 128 rows only
+}
 EXPERTS: Mapping[str, Tiles] = {
     "sm_80": _PAIR,
     "sm_86": _PAIR,

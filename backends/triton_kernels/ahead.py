@@ -39,7 +39,7 @@ class Resources:
     registers  of a thread (AMD: vector and accumulation registers)
     spilled    bytes that a thread stores to memory for want of registers; for AMD four of each register spilled
     stack      bytes of a thread's stack (AMD: scratch)
-    dots       whether the kernel's source has matrix products
+    dots       whether its source has matrix products of operands narrower than float32, which matrix units round
     matrix     matrix instructions in the machine code, as "wgmma e4m3"
     """
 
@@ -144,7 +144,7 @@ class _Driver(DriverBase):
 _TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-_PRODUCTS = ("tt.dot ", "tt.dot_scaled ")
+_PRODUCT = re.compile(r"\btt\.dot(?:_scaled)? .*: tensor<[\dx]+x(\w+)[,>]")  # and what its left operand consists of
 _PTX_MATRIX = re.compile(
     r"\b(?:(mma)\.sync\.[\w.:]*?\.(?:f32|f16|s32)\.(\w+)\."
     r"|(wgmma)\.mma_async\.[\w.:]*?\.(?:f32|f16|s32)\.(\w+)\."
@@ -167,7 +167,7 @@ def _nvidia(binary: Any) -> Resources:
         registers=registers,
         spilled=_nvidia_spills(binary) if stack else 0,  # registers are spilled to the stack
         stack=stack,
-        dots=_has_products(binary),
+        dots=_narrow_products(binary),
         matrix=_matrix(_PTX_MATRIX, binary.asm["ptx"]),
     )
 
@@ -205,13 +205,13 @@ def _amd(binary: Any) -> Resources:
         registers=told("vgpr_count"),  # of one file, accumulation registers included
         spilled=4 * told("vgpr_spill_count"),
         stack=told("private_segment_fixed_size"),
-        dots=_has_products(binary),
+        dots=_narrow_products(binary),
         matrix=_matrix(_AMD_MATRIX, text),
     )
 
 
-def _has_products(binary: Any) -> bool:
-    return any(product in binary.asm["ttir"] for product in _PRODUCTS)
+def _narrow_products(binary: Any) -> bool:
+    return any(element != "f32" for element in _PRODUCT.findall(binary.asm["ttir"]))
 
 
 def _matrix(pattern: re.Pattern[str], code: str) -> tuple[str, ...]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 pytest.importorskip("triton")
 
 from dsv4_hal.backends.cuda import checks
-from dsv4_hal.backends.cuda.checks import Spill, problems
+from dsv4_hal.backends.cuda.checks import Matrix, Spill, problems
 from dsv4_hal.backends.cuda.devices import ARCHS, DEVICES
 
 
@@ -18,9 +18,9 @@ from dsv4_hal.backends.cuda.devices import ARCHS, DEVICES
 class Figures:
     kernel: str = "a"
     target: str = "sm_90"
+    constants: Mapping[str, str] = field(default_factory=lambda: {"N": "64"})
     shared: int = 0
     tensor: int = 0
-    registers: int = 32
     spilled: int = 0
     dots: bool = False
     matrix: Sequence[str] = ()
@@ -45,16 +45,15 @@ FITS = Figures()
         (replace(FITS, target="gfx942", spilled=4), None),
         (replace(FITS, dots=True, matrix=("mma bf16",)), None),
         (replace(FITS, dots=True), "has matrix products and no matrix instruction"),
-        (replace(FITS, kernel="float32", dots=True), None),
         (replace(FITS, kernel="gemm", dots=True, matrix=("wgmma e4m3",)), None),
         (replace(FITS, kernel="gemm", dots=True, matrix=("mma e4m3",)), "needs wgmma e4m3, has mma e4m3"),
+        (replace(FITS, kernel="gemm", constants={"N": "32"}, dots=True, matrix=("mma e4m3",)), None),
         (replace(FITS, kernel="gemm", target="sm_80", dots=True, matrix=("mma bf16",)), None),
     ],
 )
 def test_limits(figures: Figures, what: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "SPILLS", ())
-    monkeypatch.setattr(checks, "MATRIX", {"gemm": {"sm_90": "wgmma e4m3"}})
-    monkeypatch.setattr(checks, "WITHOUT_MATRIX", {"float32": "tests"})
+    monkeypatch.setattr(checks, "MATRIX", (Matrix("gemm", {"N": "64"}, {"sm_90": "wgmma e4m3"}),))
     found = problems([figures, FITS])
     assert found == [] if what is None else len(found) == 1 and what in found[0]
 

@@ -63,9 +63,16 @@ def test_too_much_shared_memory_is_found(compiled: dict[tuple[str, int], dict[st
     assert any("of shared memory, of 65536" in line for line in wrong(compiled["gfx942", 1]))
 
 
-def test_a_product_without_matrix_instructions_is_found(compiled: dict[tuple[str, int], dict[str, Any]]) -> None:
-    assert wrong(compiled["sm_90", 2]) == ["__main__.product on sm_90: has matrix products and no matrix instruction"]
+def test_a_missing_matrix_instruction_is_found(
+    compiled: dict[tuple[str, int], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = compiled["sm_90", 2]  # float32, which no matrix unit of NVIDIA multiplies exactly
+    assert (wide["dots"], wide["matrix"], wrong(wide)) == (False, [], [])
     assert compiled["gfx942", 2]["matrix"] == ["mfma f32"]
+    assert wrong({**wide, "dots": True}) == ["__main__.product on sm_90: has matrix products and no matrix instruction"]
+    wanted = checks.Matrix("__main__.product", {"K": "64"}, {"sm_90": "wgmma e4m3"})
+    monkeypatch.setattr(checks, "MATRIX", (wanted,))
+    assert wrong(compiled["sm_90", 0]) == ["__main__.product on sm_90: needs wgmma e4m3, has wgmma bf16"]
 
 
 def test_spills_are_found(compiled: dict[tuple[str, int], dict[str, Any]]) -> None:
