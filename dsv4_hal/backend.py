@@ -67,6 +67,8 @@ class Backend(Ops):
     affords         the largest size class of cases that it gets through in reasonable time (`dsv4_hal.ops.SIZES`):
                     "interpreted" for kernels under an interpreter
     differentiable  whether its ops have gradients; False for a backend that is for inference only
+    adopts          op -> why the code that it inherits is what its devices should run: there is no kernel to write.
+                    `strict` accepts it, and nothing counts it as the backend's own
     """
 
     name: ClassVar[str] = ""
@@ -74,6 +76,7 @@ class Backend(Ops):
     automatic: ClassVar[bool] = True
     affords: ClassVar[str] = "full"
     differentiable: ClassVar[bool] = True
+    adopts: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:
         verdict = self.available()

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
+from dsv4_hal.numerics import mode_names
 from dsv4_hal.ops import FAMILIES, OPS
 
 PREFIX = "DSV4_HAL_"
@@ -77,12 +78,19 @@ class Run(Section):
     ops: dict[str, Names] = {}  # op or family of ops -> backends in order of preference
     device: str | None = None  # torch device; default the first backend's
     assume: str | None = None  # architecture that a backend shall choose kernels for, such as sm_90, without having it
-    mode: Literal["deployed", "exact"] = "deployed"
+    mode: str = "deployed"  # exact, deployed, or a numeric profile that a backend's package declares
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None  # compute dtype of mode exact
     strict: bool = False  # refuse to run an op on another backend than the one asked for
     shared_expert_clamp: bool = True  # swiglu_limit also in the shared expert
     generate: Generate = Generate()
     chat: Chat = Chat()
+
+    @field_validator("mode")
+    @classmethod
+    def _mode_exists(cls, value: str) -> str:
+        if value not in (names := mode_names()):
+            raise ValueError(f"must be {', '.join(names[:-1])} or {names[-1]}{_nearest(value, names)}")
+        return value
 
     @field_validator("backend")
     @classmethod

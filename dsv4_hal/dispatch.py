@@ -26,6 +26,7 @@ class Resolution:
     backend   whose code runs ("" for composite)
     rejected  (backend, reason) of every candidate that was preferred and passed over
     wanted    the backend that was to run it: the first of its candidates
+    adopted   why that backend runs another's code on purpose ("" where it does not)
     """
 
     op: str
@@ -33,6 +34,7 @@ class Resolution:
     backend: str
     rejected: tuple[tuple[str, str], ...] = ()
     wanted: str = ""
+    adopted: str = ""
 
     @property
     def runs_as(self) -> str:
@@ -41,8 +43,9 @@ class Resolution:
 
     @property
     def fallback(self) -> str:
-        """Why `strict` refuses it: the op runs as neither code nor composite of the backend that was wanted."""
-        if self.kind == "composite" or self.backend == self.wanted:
+        """Why `strict` refuses it: the op runs as neither code nor composite of the backend that was wanted, which has
+        not adopted it either."""
+        if self.kind == "composite" or self.backend == self.wanted or self.adopted:
             return ""
         why = "; ".join(f"{b}: {r}" for b, r in self.rejected) or f"{self.wanted} has none of its own"
         return f"{self.op} would run on {self.backend}, not on {self.wanted} ({why})"
@@ -141,8 +144,8 @@ def resolve(
     backends  in order of preference; the first gives profile, device, row layouts and weight arrangement
     facts     static facts of the model, for `Backend.supports`
     prefer    op -> names of backends in the order to try for it
-    strict    raise BackendError where an op would run neither as the code of the first backend of its order nor as a
-              composite
+    strict    raise BackendError where an op would run neither as the code of the first backend of its order, nor as a
+              composite, nor as what that backend adopts
     """
     facts, prefer = facts or {}, prefer or {}
     if not backends or not all(prefer.values()):
@@ -190,7 +193,8 @@ def _choose(op: str, candidates: Sequence[Backend], facts: Facts) -> tuple[Backe
         else:
             verdict = _supports(backend, op, facts)
         if verdict:
-            return backend, Resolution(op, origin.kind, origin.backend, tuple(rejected), wanted)
+            adopted = backend.adopts.get(op, "") if backend is candidates[0] and origin.kind == "inherited" else ""
+            return backend, Resolution(op, origin.kind, origin.backend, tuple(rejected), wanted, adopted)
         rejected.append((backend.name, verdict.reason))
     if OPS[op].composite:  # its definition runs on whatever its parts were resolved to
         return candidates[0], Resolution(op, "composite", "", tuple(rejected), wanted)

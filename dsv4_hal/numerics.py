@@ -2,16 +2,26 @@
 
 Ops never name a dtype in passing; they read it here. The profile is what makes two backends comparable: a backend
 declares the one it computes in, and the reference computes the same.
+
+There are two modes, `exact` and `deployed`. Where a vendor's devices round elsewhere than the published code, the
+package declares a profile of its own, as an entry point of the group `dsv4_hal.profiles` whose object is a `Numerics`
+of that name: a mode like the two, for every backend, the reference included.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import torch
 
 from dsv4_hal.formats import FORMATS, Format
+
+GROUP = "dsv4_hal.profiles"
+MODES = ("exact", "deployed")
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,7 @@ class Numerics:
     kv          format of the non-rotary channels of a KV row; None: not quantised
     index       format of indexer queries and keys; None: not quantised
     hadamard    whether indexer queries and keys are rotated by a Hadamard matrix first
+    hf32        whether `hc_pre` multiplies streams and weights in HF32: both cut to 10 bits of mantissa first
     """
 
     mode: str
@@ -40,6 +51,7 @@ class Numerics:
     kv: Format | None = None
     index: Format | None = None
     hadamard: bool = False
+    hf32: bool = False
 
     def to_dict(self) -> dict[str, str | bool | None]:
         """As text: dtypes and formats by their names."""
@@ -82,11 +94,38 @@ def deployed(accumulate: torch.dtype = torch.float32) -> Numerics:
 
 
 def numerics_for(mode: str, dtype: torch.dtype | None = None) -> Numerics:
-    """The profile of a mode by name. `dtype` is the compute dtype of `exact`; `deployed` fixes its own."""
+    """The profile of a mode by name. `dtype` is the compute dtype of `exact`; every other mode fixes its own.
+
+    ValueError names the nearest one for a mode that is not known, and says of a declared one why it does not load.
+    """
     if mode == "exact":
         return exact(dtype or torch.float32)
-    if mode == "deployed":
-        if dtype not in (None, torch.bfloat16):
-            raise ValueError(f"mode deployed stores activations in bfloat16; dtype={dtype} only goes with mode exact")
-        return deployed()
-    raise ValueError(f"unknown mode {mode!r}: exact or deployed")
+    found = deployed() if mode == "deployed" else _load(mode)
+    if dtype not in (None, found.storage):
+        raise ValueError(f"mode {mode} stores activations in {found.storage}; dtype={dtype} only goes with mode exact")
+    return found
+
+
+def mode_names() -> tuple[str, ...]:
+    """exact, deployed, and the profiles that installed packages declare."""
+    return (*MODES, *sorted(_declared()))
+
+
+@cache
+def _declared() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def _load(mode: str) -> Numerics:
+    if mode not in _declared():
+        near = get_close_matches(mode, mode_names(), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown mode {mode!r}: there are {', '.join(mode_names())}{hint}")
+    entry = _declared()[mode]
+    try:
+        found = entry.load()
+    except (Exception, SystemExit) as error:  # a vendor's package may fail in any way it likes
+        raise ValueError(f"mode {mode}: {entry.value} does not load: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Numerics) or found.mode != mode:
+        raise ValueError(f"mode {mode}: {entry.value} is {found!r}, not a profile of that name")
+    return found

@@ -33,7 +33,6 @@ from dsv4_hal.conformance.runner import (
     DEFAULT_SIZE,
     GRAD,
     LIMIT,
-    MODES,
     About,
     Extent,
     Job,
@@ -43,6 +42,7 @@ from dsv4_hal.conformance.runner import (
     judge,
 )
 from dsv4_hal.conformance.waivers import read_waivers
+from dsv4_hal.numerics import MODES, mode_names
 from dsv4_hal.ops import SIZES
 
 _OUTCOME = pytest.StashKey[Outcome]()
@@ -55,7 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--dsv4-backend", metavar="NAME", help="registered backend; default: dsv4_backend of the ini file")
     group.addoption("--dsv4-op", action="append", metavar="OP", help="only this op, or family of ops; repeatable")
     group.addoption("--dsv4-pattern", default="", metavar="TEXT", help="only cases whose id contains this")
-    group.addoption("--dsv4-mode", choices=MODES, help="only this mode; default both")
+    group.addoption("--dsv4-mode", choices=mode_names(), help="only this mode; default both")
     group.addoption("--dsv4-grad", action="store_true", help="gradients instead, in mode exact")
     group.addoption("--dsv4-size", choices=SIZES, default=DEFAULT_SIZE, help="cases up to this size class")
     group.addoption("--dsv4-limit", type=_seconds, default=LIMIT, metavar="SECONDS", help="that a case may take")

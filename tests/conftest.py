@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,11 @@ DATA = Path(__file__).parent / "data"
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on the CPU
 
-torch.set_num_threads(1)  # tensors here are small, and workers of pytest-xdist would fight over the cores
+# Tensors here are small, and workers of pytest-xdist, and the processes that tests start, would fight over the cores.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are told to ignore it
 
 SMALL = {
     "model_type": "deepseek_v4",

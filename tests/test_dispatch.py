@@ -1,6 +1,6 @@
 """Choosing one implementation per op, and saying why."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -148,6 +148,19 @@ def test_strict() -> None:
         resolve([VENDOR], strict=True)
     with pytest.raises(BackendError, match=r"strict: .*half: not implemented"):
         resolve([HALF, REFERENCE], strict=True)
+
+
+def test_strict_accepts_what_a_backend_adopts() -> None:
+    class Adopting(Vendor):
+        name = "adopting"
+        adopts: ClassVar[dict[str, str]] = dict.fromkeys(set(OPS) - {"quantize"}, "a copy")
+
+    with pytest.raises(BackendError, match=r"^strict: quantize would run on reference, not on adopting \([^)]*\)$"):
+        resolve([Adopting(exact())], strict=True)
+    Adopting.adopts = dict.fromkeys(OPS, "a copy")
+    found = {r.op: r for r in resolve([Adopting(exact())], strict=True).resolutions}
+    assert (found["quantize"].runs_as, found["quantize"].adopted) == ("reference", "a copy")
+    assert (found["moe_experts"].runs_as, found["moe_experts"].adopted) == ("composite", "")
 
 
 def test_preferences_by_family_and_by_op() -> None:

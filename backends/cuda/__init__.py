@@ -27,6 +27,9 @@ from dsv4_hal.backends.triton_kernels.runtime import INTERPRETED
 from dsv4_hal.formats import FORMATS, RowLayout, flashmla_rows, index_fp4_rows
 from dsv4_hal.numerics import Numerics
 
+_COPY = "torch's own copy, on the GPU"
+_PLAN = "once a step, from lengths that lie on the host; torch computes it on the GPU"
+
 
 class Cuda(Differentiable, Attention, Experts, Cache, Gemm, Moe, HyperConnection, NormRope, Sampling, Reference):
     """arch  the architecture that kernels and tiles are chosen for: the GPU's own, or one that is assumed. Interpreted
@@ -37,6 +40,7 @@ class Cuda(Differentiable, Attention, Experts, Cache, Gemm, Moe, HyperConnection
     device_type = "cpu" if INTERPRETED else "cuda"
     automatic = not INTERPRETED
     affords = "interpreted" if INTERPRETED else "full"
+    adopts = dict.fromkeys(("embedding", "kv_load", "state_new", "state_copy", "state_reset"), _COPY) | {"plan": _PLAN}
     arch: Arch
 
     def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:
@@ -84,6 +88,8 @@ class Cuda(Differentiable, Attention, Experts, Cache, Gemm, Moe, HyperConnection
     def supports(self, op: str, facts: Facts) -> Verdict:
         if self.numerics.accumulate != torch.float32 and self.origin(op).kind == "native":
             return Verdict(False, f"its kernels sum in float32, the profile in {self.numerics.accumulate}")
+        if self.numerics.hf32 and op in ("hc_pre", "hc_pre_norm"):
+            return Verdict(False, f"its kernels multiply in float32, mode {self.numerics.mode} in HF32")
         return super().supports(op, facts)
 
     def row_layout(self, kind: str, dim: int, rope: int, ratio: int, window: int = 0) -> RowLayout:

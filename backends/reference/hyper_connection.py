@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv4_hal import ops
+from dsv4_hal.formats import cut_hf32
 
 
 class HyperConnection(ops.HyperConnection):
@@ -14,7 +15,7 @@ class HyperConnection(ops.HyperConnection):
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide, n = self.numerics.accumulate, streams.shape[1]
         x, sizes = streams.to(wide), (n, n, n * n)
-        mix = self._project(x, fn, norm_eps).split(sizes, -1)
+        mix = self._project(x, fn, norm_eps, self.numerics.hf32).split(sizes, -1)
         pre, post, comb = (
             m * s + b for m, s, b in zip(mix, scale.to(wide).unbind(), base.to(wide).split(sizes), strict=True)
         )
@@ -32,9 +33,10 @@ class HyperConnection(ops.HyperConnection):
         mix = self._project(x, fn, norm_eps)
         return self._weigh(torch.sigmoid(mix * scale.to(wide)[0] + base.to(wide)) + eps, x)
 
-    def _project(self, x: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
-        u = x.flatten(1)
-        return (u @ fn.to(u.dtype).T) * torch.rsqrt(u.square().mean(-1, keepdim=True) + norm_eps)
+    def _project(self, x: Tensor, fn: Tensor, norm_eps: float, hf32: bool = False) -> Tensor:
+        u, w = x.flatten(1), fn.to(x.dtype)
+        product = cut_hf32(u) @ cut_hf32(w).T if hf32 else u @ w.T
+        return product * torch.rsqrt(u.square().mean(-1, keepdim=True) + norm_eps)
 
     def _weigh(self, pre: Tensor, x: Tensor) -> Tensor:
         return torch.bmm(pre[:, None], x)[:, 0].to(self.numerics.storage)

@@ -38,7 +38,14 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", help="A key of the run, as in generate.top_p=0.9.", metavar="KEY=VALUE")
 ]
 Backend = Annotated[str | None, typer.Option(help="Registered backend, or several with commas; default auto.")]
-Mode = Annotated[str | None, typer.Option(help="deployed (published numerics, the default) or exact (float32).")]
+Mode = Annotated[
+    str | None,
+    typer.Option(
+        "--mode",
+        "--profile",
+        help="deployed (published numerics, the default), exact (float32), or a device's numeric profile.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="Torch device; default the backend's.")]
 Strict = Annotated[bool | None, typer.Option("--strict/--no-strict", help="Refuse ops of another backend.")]
 ShowConfig = Annotated[bool, typer.Option("--show-config", help="Print every value and where it came from.")]

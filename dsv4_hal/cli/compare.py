@@ -28,7 +28,10 @@ Backends = Annotated[
 ModelDir = Annotated[str | None, typer.Option(help="Checkpoint directory.", metavar="DIR")]
 Against = Annotated[Path | None, typer.Option(help="A bundle that `record` wrote.", metavar="BUNDLE")]
 Here = Annotated[str, typer.Option(help="With a bundle of a model: the backend here that it is compared with.")]
-Numerics = Annotated[str | None, typer.Option(help="deployed (default) or exact.")]
+Numerics = Annotated[
+    str | None,
+    typer.Option("--mode", "--profile", help="deployed (default), exact, or a device's numeric profile."),
+]
 Tokens = Annotated[
     str | None, typer.Option(help="Lengths of random prompts, with commas; default 160,90.", metavar="N[,N]")
 ]

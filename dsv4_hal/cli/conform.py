@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from dsv4_hal.cli import common
+from dsv4_hal.numerics import MODES, mode_names
 from dsv4_hal.ops import FAMILIES, OPS, SIZES
 from dsv4_hal.registry import FALLBACK
 
@@ -29,7 +30,12 @@ Op = Annotated[list[str] | None, typer.Option("-o", "--op", help="Only this op, 
 Pattern = Annotated[
     str, typer.Option("-p", "--pattern", help="Only cases whose id contains this; or any whole id, listed or not.")
 ]
-Mode = Annotated[str | None, typer.Option(help="exact or deployed; default both.")]
+Mode = Annotated[
+    str | None,
+    typer.Option(
+        "--mode", "--profile", help="exact, deployed, or a device's numeric profile; default exact and deployed."
+    ),
+]
 Size = Annotated[str, typer.Option(help="Cases up to this size class: tiny, interpreted, quick or full.")]
 Grad = Annotated[bool, typer.Option("--grad", help="Gradients instead, in mode exact.")]
 Out = Annotated[Path | None, typer.Option(help="Write results.jsonl, junit.xml, report.md and report.html here.")]
@@ -80,7 +86,7 @@ def conform(
     known = Answers()
     if backend == FALLBACK and not grad and not generate:
         one = known_mode(mode)
-        known = answers(chosen_ops(op or ()), pattern, (one,) if one else runner.MODES, golden)
+        known = answers(chosen_ops(op or ()), pattern, (one,) if one else MODES, golden)
     elif golden is not None:
         raise ValueError("--golden goes with --backend reference, and not with --grad or --generate")
     if known.ids and any(what in pattern for what in ("form=", "golden=")):
@@ -164,11 +170,11 @@ def chosen_jobs(op: Sequence[str] | None, pattern: str, mode: str | None, size: 
     from dsv4_hal.conformance.named import split
 
     known_mode(mode)
-    if grad and mode == "deployed":
-        raise ValueError("--grad is in mode exact: mode deployed rounds, and has no gradients")
+    if grad and mode not in (None, "exact"):
+        raise ValueError(f"--grad is in mode exact: mode {mode} rounds, and has no gradients")
     known_size(size)
     ops = chosen_ops(op or ())
-    modes: tuple[str, ...] = (runner.GRAD,) if grad else runner.MODES if mode is None else (mode,)
+    modes: tuple[str, ...] = (runner.GRAD,) if grad else MODES if mode is None else (mode,)
     id, _, pasted = pattern.partition("@")
     if split(id):
         return _pasted(id, pasted, modes, ops)
@@ -183,10 +189,8 @@ def chosen_jobs(op: Sequence[str] | None, pattern: str, mode: str | None, size: 
 
 def known_mode(mode: str | None) -> str | None:
     """The mode, if it is one or none. ValueError otherwise."""
-    from dsv4_hal.conformance.runner import MODES
-
-    if mode not in (None, *MODES):
-        raise ValueError(f"--mode must be {' or '.join(MODES)}, got {mode!r}")
+    if mode not in (None, *(names := mode_names())):
+        raise ValueError(f"--mode must be {', '.join(names[:-1])} or {names[-1]}, got {mode!r}")
     return mode
 
 
@@ -201,8 +205,8 @@ def _pasted(id: str, pasted: str, modes: Sequence[str], ops: Sequence[str]) -> l
     from dsv4_hal.conformance import runner
     from dsv4_hal.conformance.named import named, try_out
 
-    if pasted not in ("", *runner.MODES, runner.GRAD):
-        raise ValueError(f"{id}@{pasted}: a case runs in mode {', '.join(runner.MODES)} or {runner.GRAD}")
+    if pasted not in ("", *mode_names(), runner.GRAD):
+        raise ValueError(f"{id}@{pasted}: a case runs in mode {', '.join(mode_names())} or {runner.GRAD}")
     case, op = named(id), id.partition("[")[0]
     try_out(case)
     if op not in ops:

@@ -93,12 +93,12 @@ def _table(ops: Resolved) -> Table:
     table = Table()
     for title in ("op", "family", "runs as", "on"):
         table.add_column(title, no_wrap=True)
-    table.add_column("rejected", overflow="fold")
+    table.add_column("why", overflow="fold")
     color = {"native": "green", "composite": "cyan", "inherited": "green", "reference": "yellow"}
     for r in ops.resolutions:
-        rejected = "\n".join(f"{backend}: {reason}" for backend, reason in r.rejected)
+        why = [f"not {backend}: {reason}" for backend, reason in r.rejected] + [r.adopted] * bool(r.adopted)
         runs = f"[{color[r.runs_as]}]{r.runs_as}[/]"
-        table.add_row(r.op, OPS[r.op].family, runs, escape(r.backend) or "its parts", escape(rejected))
+        table.add_row(r.op, OPS[r.op].family, runs, escape(r.backend) or "its parts", escape("\n".join(why)))
     return table
 
 
@@ -149,4 +149,5 @@ def _row(r: Resolution) -> dict[str, Any]:
         "backend": r.backend or None,
         "wanted": r.wanted,
         "rejected": rejected,
+        "adopted": r.adopted or None,
     }

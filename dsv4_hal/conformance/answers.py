@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsv4_hal.conformance import closed_forms, golden, transformers_oracle
-from dsv4_hal.conformance.runner import MODES, Outcome, oracles
+from dsv4_hal.conformance.runner import Outcome, oracles
+from dsv4_hal.numerics import MODES
 from dsv4_hal.ops import OPS
 
 LIVE = (f"closed forms and {golden.NAME}: a bundle holds the cases of the contract, and these are asked of a live run",)

@@ -22,9 +22,10 @@ from pydantic import TypeAdapter, ValidationError
 from dsv4_hal.conformance import container
 from dsv4_hal.conformance.container import BundleError
 from dsv4_hal.conformance.named import named
-from dsv4_hal.conformance.runner import GRAD, MODES, PASSED, VERDICTS, WHOLE, About, Extent, Job, Produced
+from dsv4_hal.conformance.runner import GRAD, PASSED, VERDICTS, WHOLE, About, Extent, Job, Produced
 from dsv4_hal.conformance.transport import Packed
 from dsv4_hal.conformance.waivers import Waiver
+from dsv4_hal.numerics import mode_names
 from dsv4_hal.ops import OPS, SIZES, cases
 
 
@@ -166,7 +167,7 @@ def _wrong(case: _Case) -> str:
         return str(error)
     if case.case.partition("[")[0] != case.op:
         return f"it is no case of {case.op}"
-    if case.mode not in (*MODES, GRAD):
+    if case.mode not in (*mode_names(), GRAD):
         return f"{case.mode!r} is no mode"
     if case.size not in SIZES:
         return f"{case.size!r} is no size class"

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from dsv4_hal import formats
 from dsv4_hal.backend import Backend
-from dsv4_hal.conformance.runner import GRAD, MODES, Outcome, jobs, run
+from dsv4_hal.conformance.runner import GRAD, Outcome, jobs, run
 from dsv4_hal.formats import QTensor
+from dsv4_hal.numerics import MODES
 from dsv4_hal.ops import KV
 from dsv4_hal.registry import FALLBACK, backend_class
 

@@ -287,7 +287,7 @@ class Naive(Backend):
         x, post, comb = (torch.zeros(shape, dtype=F64) for shape in ((t, d), (t, n), (t, n, n)))
         base, scale = base.to(F64), scale.to(F64)
         for token, stream in enumerate(streams.to(F64)):
-            mix = mixed(stream, fn, norm_eps)
+            mix = mixed(stream, fn, norm_eps, self.numerics.hf32)
             for j in range(n):
                 x[token] += (sigmoid(mix[j] * scale[0] + base[j]) + eps) * stream[j]
                 post[token, j] = 2 * sigmoid(mix[n + j] * scale[1] + base[n + j])
@@ -345,9 +345,16 @@ def sigmoid(x: Tensor) -> Tensor:
     return 1 / (1 + (-x).exp())
 
 
-def mixed(stream: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
-    u = torch.cat(list(stream))
-    return (fn.to(F64) * u).sum(1) / ((u * u).sum() / len(u) + norm_eps).sqrt()
+def mixed(stream: Tensor, fn: Tensor, norm_eps: float, hf32: bool = False) -> Tensor:
+    u, w = torch.cat(list(stream)), fn.to(F64)
+    products = short(w) * short(u) if hf32 else w * u
+    return products.sum(1) / ((u * u).sum() / len(u) + norm_eps).sqrt()
+
+
+def short(x: Tensor) -> Tensor:
+    """Cut to 11 significant bits, the first one included."""
+    fraction, exponent = torch.frexp(x)
+    return torch.ldexp((fraction * 2048).trunc() / 2048, exponent)
 
 
 def naive_sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:

@@ -33,11 +33,10 @@ from dsv4_hal.conformance.text import counted
 from dsv4_hal.conformance.transport import Packed, pack, unpack
 from dsv4_hal.dispatch import Resolved, resolve, select
 from dsv4_hal.environment import Environment, environment
-from dsv4_hal.numerics import Numerics, exact, numerics_for
+from dsv4_hal.numerics import MODES, Numerics, exact, numerics_for
 from dsv4_hal.ops import OPS, SIZES, Compare
 from dsv4_hal.registry import FALLBACK, backend_class
 
-MODES = ("exact", "deployed")
 NAIVE, SLOPES = "the naive float64 oracle", "slopes of the naive float64 oracle"
 GRAD = "exact.grad"  # gradients, in the numeric profile of mode exact
 DEFAULT_SIZE = "quick"

@@ -11,7 +11,8 @@ import torch
 
 from dsv4_hal.conformance.backward import GRADIENTS
 from dsv4_hal.conformance.compare import Budget, budgets
-from dsv4_hal.conformance.runner import GRAD, MODES, Job, jobs, oracles, results
+from dsv4_hal.conformance.runner import GRAD, Job, jobs, oracles, results
+from dsv4_hal.numerics import MODES
 from dsv4_hal.ops import OPS, Compare, OpSpec
 
 HEAD = """# How far results may differ

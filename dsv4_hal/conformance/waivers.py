@@ -22,7 +22,8 @@ from typing import Any
 import yaml
 
 from dsv4_hal.backend import BackendError
-from dsv4_hal.conformance.runner import GRAD, MODES, About, Outcome, affordable, jobs
+from dsv4_hal.conformance.runner import GRAD, About, Outcome, affordable, jobs
+from dsv4_hal.numerics import MODES, mode_names
 from dsv4_hal.ops import SIZES
 from dsv4_hal.registry import registered
 
@@ -92,8 +93,8 @@ def _waiver(entry: object, place: str) -> Waiver:
         date = datetime.date.fromisoformat(entry.get("date", ""))
     except (ValueError, TypeError):
         raise ValueError(f"{place}: date must be a day, as in 2026-11-25, got {entry.get('date')!r}") from None
-    if entry.get("mode", "") not in ("", *MODES, GRAD):
-        raise ValueError(f"{place}: mode must be exact, deployed or {GRAD}")
+    if entry.get("mode", "") not in ("", *mode_names(), GRAD):
+        raise ValueError(f"{place}: mode must be {', '.join(mode_names())} or {GRAD}")
     if not isinstance(entry.get("backend", ""), str):
         raise ValueError(f"{place}: backend must be text")
     if backend := entry.get("backend", ""):
@@ -107,7 +108,7 @@ def _waiver(entry: object, place: str) -> Waiver:
 def stale(waivers: Sequence[Waiver], outcomes: Sequence[Outcome], about: About) -> list[Waiver]:
     """Waivers of which no case failed, where no case has such an id, or every one ran that the backend affords: a part
     of the cases says nothing of the others."""
-    every = jobs(modes=(*MODES, GRAD), size=SIZES[-1]) if waivers else []
+    every = jobs(modes=(*mode_names(), GRAD), size=SIZES[-1]) if waivers else []
     out = []
     for waiver in waivers:
         modes = (waiver.mode,) if waiver.mode else MODES

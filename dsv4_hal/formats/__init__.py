@@ -7,6 +7,7 @@ way each vendor's attention kernels read them. Nothing here knows a model, an op
 """
 
 from dsv4_hal.formats.elements import (
+    cut_hf32,
     decode_e2m1,
     decode_int4,
     encode_e2m1,
@@ -45,6 +46,7 @@ __all__ = [
     "RowLayout",
     "Weight",
     "ascend950_rows",
+    "cut_hf32",
     "decode_e2m1",
     "decode_int4",
     "dequantize",

@@ -51,6 +51,15 @@ def round_int(values: Tensor, top: int) -> Tensor:
     return values.round().clamp_(-top, top).add_(0.0)
 
 
+def cut_hf32(values: Tensor) -> Tensor:
+    """float32 or float64 values cut to Ascend's HF32: 10 bits of mantissa, towards zero; same dtype and shape.
+
+    NaN may become infinity. The gradient is zero: only profiles without gradients multiply in HF32.
+    """
+    bits, kept = {torch.float32: (torch.int32, -1 << 13), torch.float64: (torch.int64, -1 << 42)}[values.dtype]
+    return (values.contiguous().view(bits) & kept).view(values.dtype)
+
+
 def encode_e2m1(values: Tensor) -> Tensor:
     """Values rounded as in `round_e2m1` -> codes 0..15, uint8: 3 bits of magnitude, sign above (-0 is 8).
 

@@ -114,7 +114,7 @@ def flashmla_rows(ratio: int, window: int, dim: int = 512, rope: int = 64) -> Ro
     data = kept + 2 * rope
     fields = (
         *_quantised("flashmla", kept, rounding, codes=(0, 0), scales=(1, 0)),
-        Field("rope", 0, kept, rope, torch.bfloat16),
+        *_rotary(kept, rope),
     )
     regions = (data, _round_up(fields[1].end, 8))
     return RowLayout("flashmla", dim, rope, ratio, window, rounding, fields, regions, data, torch.bfloat16)
@@ -127,7 +127,7 @@ def ascend950_rows(ratio: int, window: int, dim: int = 512, rope: int = 64) -> R
     kept = dim - rope
     fields = (
         *_quantised("ascend950", kept, rounding, codes=(0, 2 * rope), scales=(0, 2 * rope + kept)),
-        Field("rope", 0, 0, rope, torch.bfloat16),
+        *_rotary(0, rope),
     )
     regions = (_round_up(fields[1].end, 128),)
     return RowLayout("ascend950", dim, rope, ratio, window, rounding, fields, regions, 1, torch.bfloat16)
@@ -273,6 +273,11 @@ def _quantised(
         Field("codes", *codes, channels // fmt.pack, fmt.storage),
         Field("scales", *scales, channels // block, fmt.scale_dtype),
     )
+
+
+def _rotary(offset: int, rope: int) -> tuple[Field, ...]:
+    """The plain channels of a row, where it has any."""
+    return (Field("rope", 0, offset, rope, torch.bfloat16),) if rope else ()
 
 
 def _round_up(n: int, step: int) -> int:

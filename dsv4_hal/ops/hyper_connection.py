@@ -27,7 +27,8 @@ class HyperConnection(NormRope):
         post = 2 sigmoid(mix[n:2n] scale[1] + base[n:2n])
         comb = Sinkhorn(mix[2n:] scale[2] + base[2n:], as [n, n] row-major): softmax over the last axis, + eps, columns
         divided by (sum + eps), then iters - 1 times rows, columns likewise.
-        Everything else in numerics.accumulate. Source: DeepSeek-V4 report, section 2.2; published inference code.
+        Everything else in numerics.accumulate; where numerics.hf32, u and fn are cut to 10 bits of mantissa in front of
+        their product. Source: DeepSeek-V4 report, section 2.2; published inference code.
         """
         n = streams.shape[1] if streams.dim() == 3 else 0
         rows = 2 * n + n * n

@@ -63,7 +63,7 @@ def test_bad_input(tool: Tool, tiny_dir: Path, tmp_path: Path) -> None:
         (("compare", "--backends", "reference,reference", *model), 2, "two or more different names"),
         (("compare", *pair, "--model", "v4-flash"), 2, "it has shapes but no weights"),
         (("compare", *pair, "--model", tmp_path), 2, "config.json"),
-        (("compare", *pair, *model, "--mode", "fast"), 2, "--mode must be exact or deployed"),
+        (("compare", *pair, *model, "--mode", "fast"), 2, "--mode must be exact, deployed"),
         *(
             (("compare", *pair, *model, "--tokens", wrong), 2, "--tokens must be whole numbers")
             for wrong in ("9,x", "", "0", "1_0", "+5", "٣")

@@ -41,6 +41,8 @@ LAYOUTS: dict[str, RowLayout] = {
     "flashmla_small": flashmla_rows(4, 0, dim=80, rope=16),
     "ascend950": ascend950_rows(128, 0),
     "ascend950_small": ascend950_rows(1, 8, dim=144, rope=16),
+    "ascend950_no_rope": ascend950_rows(4, 0, dim=128, rope=0),
+    "flashmla_no_rope": flashmla_rows(4, 0, dim=128, rope=0),
     "index_int8": index_int8_rows(4),
     "index_fp8": index_fp8_rows(4),
     "index_fp4": index_fp4_rows(4),

@@ -1,7 +1,7 @@
 """The indexer's scores by DeepGEMM, and the best of them.
 
-What it does otherwise than the contract: products and their weighted terms stay in float32, where the profile may say
-`score`; only their sum is rounded to that, here. So picks may differ where scores are that close.
+Products and their weighted terms stay in float32: a profile that rounds scores on the way is refused. Mode `deepgemm`
+is the published profile without that rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ class Indexer(Base):
         if op != "index_topk":
             return verdict
         heads = facts.get("index_n_heads", 1)
-        return verdict and self._scores(self.numerics.index, heads, facts.get("index_head_dim", deep_gemm.INDEX_DIM))
+        dim = facts.get("index_head_dim", deep_gemm.INDEX_DIM)
+        verdict = verdict and self._scores(self.numerics.index, heads, dim)
+        if verdict and self.numerics.score != self.numerics.accumulate:
+            kept, named = self.numerics.accumulate, self.numerics.mode
+            return Verdict(False, f"DeepGEMM keeps scores in {kept}, mode {named} rounds them: mode deepgemm does not")
+        return verdict
 
     def row_layout(self, kind: str, dim: int, rope: int, ratio: int, window: int = 0) -> RowLayout:
         if kind == "index" and self.numerics.index == FORMATS["e4m3_row_fp32"]:
@@ -55,7 +60,7 @@ class Indexer(Base):
         if not verdict:
             own_kernel("index_topk", verdict)
             return super().index_topk(q, weights, keys, batch, k, with_scores=with_scores)
-        wide, narrow, ratio = self.numerics.accumulate, self.numerics.score, keys.layout.ratio
+        wide, ratio = self.numerics.accumulate, keys.layout.ratio
         picks = torch.full((len(q), k), -1, dtype=torch.int64, device=q.device)
         scores = torch.full((len(q), k), float("-inf"), dtype=wide, device=q.device)
         count = int(batch.reach.max(initial=0)) // ratio
@@ -66,7 +71,7 @@ class Indexer(Base):
             some = slice(start, start + step)
             lengths = every[some]
             found = score(q[some], weights[some], keys, batch, some, lengths, count)
-            found = found.to(narrow).to(wide).masked_fill(entry >= lengths[:, None], float("-inf"))
+            found = found.to(wide).masked_fill(entry >= lengths[:, None], float("-inf"))
             best, pick = found.sort(dim=-1, descending=True, stable=True)
             best, pick = best[:, :k], pick[:, :k]
             picks[some, : pick.shape[1]] = pick.masked_fill(best == float("-inf"), -1)

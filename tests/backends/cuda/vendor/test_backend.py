@@ -16,6 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed: pip install 'dsv4-hal[cuda]'")
 
 from dsv4_hal.backends.cuda.vendor import deep_gemm
+from dsv4_hal.backends.cuda.vendor.profiles import DEEPGEMM
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.conformance import Budget, budget, compare, run_case, widen
 from dsv4_hal.dispatch import Resolved, resolve
@@ -24,8 +25,7 @@ from dsv4_hal.numerics import Numerics, deployed
 from dsv4_hal.ops import OPS, Case
 
 Vendor = Callable[..., Any]
-FLOAT_SCORES = replace(deployed(), mode="float scores", score=torch.float32)
-FP8_INDEX = replace(FLOAT_SCORES, mode="fp8 index", index=FORMATS["e4m3_row_fp32"])
+FP8_INDEX = replace(DEEPGEMM, mode="fp8 index", index=FORMATS["e4m3_row_fp32"])
 
 
 def cases(op: str, *parts: str) -> list[Case]:
@@ -178,10 +178,9 @@ INDEXED = ("few", "few_packed", "packed_padded", "padded", "empty", "none", "pac
 
 
 @pytest.mark.parametrize("ragged", INDEXED)
-@pytest.mark.parametrize("numerics", [FLOAT_SCORES, FP8_INDEX], ids=lambda n: n.mode)
+@pytest.mark.parametrize("numerics", [DEEPGEMM, FP8_INDEX], ids=lambda n: n.mode)
 def test_index_topk(ragged: str, numerics: Numerics, vendor: Vendor) -> None:
-    """In a profile that rounds scores once, since the library rounds none on the way; and it does not round FP8 rows to
-    bfloat16 once they are scaled, as the contract does."""
+    """The library does not round FP8 rows to bfloat16 once they are scaled, as the contract does."""
     slack, packed = Budget(2.0**-8, 1e-2) if numerics is FP8_INDEX else None, "packed" in ragged
     if packed and numerics is FP8_INDEX:
         pytest.skip("FP8 keys that lie side by side are left to cuda")
@@ -198,7 +197,7 @@ def test_index_in_parts(vendor: Vendor, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(indexer, "MOST_TOKENS", 2)
     for ragged in ("few", "few_packed"):
-        agree(vendor("sm_100", FLOAT_SCORES), cases("index_topk", f"ragged={ragged},k=8")[0])
+        agree(vendor("sm_100", DEEPGEMM), cases("index_topk", f"ragged={ragged},k=8")[0])
 
 
 def test_layouts_of_rows(vendor: Vendor) -> None:

@@ -18,9 +18,10 @@ from dsv4_hal.backend import Origin
 from dsv4_hal.backends.cuda import Cuda
 from dsv4_hal.backends.cuda.vendor import flash_mla, probe
 from dsv4_hal.backends.cuda.vendor.backend import CudaVendor
+from dsv4_hal.backends.cuda.vendor.profiles import DEEPGEMM
 from dsv4_hal.dispatch import resolve
 from dsv4_hal.model.config import find_config
-from dsv4_hal.numerics import deployed, exact
+from dsv4_hal.numerics import deployed, exact, numerics_for
 from dsv4_hal.ops import OPS
 
 
@@ -156,7 +157,9 @@ SERVED = ("linear", "grouped_linear", "index_topk", "sparse_attention", "hc_pre"
 @pytest.mark.parametrize(("arch", "model"), REFUSED)
 def test_published_models(arch: str, model: str, vendor: Callable[..., Any]) -> None:
     """What of the published models each architecture serves, and why not the rest."""
-    backend, facts = vendor(arch), vars(find_config(model)[0])
+    backend, facts = vendor(arch, DEEPGEMM), vars(find_config(model)[0])
+    if arch == "sm_100":
+        assert "mode deployed rounds them: mode deepgemm does not" in vendor(arch).supports("index_topk", facts).reason
     for op in SERVED:
         found, refused = backend.supports(op, facts), REFUSED[arch, model].get(op)
         assert found.ok == (refused is None), (op, found)
@@ -169,6 +172,10 @@ def test_what_is_the_librarys_what_cudas_and_what_is_made_of_both() -> None:
     assert {op for op, of in kinds.items() if of.backend == "cuda-vendor"} == {*SERVED, "hc_pre_norm"}
     assert kinds["mlp"].kind == kinds["output_proj"].kind == "composite"  # so that their products reach the library
     assert kinds["rms_norm"] == Origin("inherited", "cuda")
+
+
+def test_the_profile_is_a_mode() -> None:
+    assert numerics_for("deepgemm") == DEEPGEMM
 
 
 def test_other_profiles_are_refused(vendor: Callable[..., Any]) -> None:
