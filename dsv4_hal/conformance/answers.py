@@ -47,7 +47,8 @@ def answers(ops: Sequence[str], pattern: str, modes: Sequence[str] = MODES, fold
     """
     if folder is not None and len(ops) != len(OPS):
         raise ValueError("golden vectors are of a whole model: --golden does not go with -o")
-    unasked = [f"transformers: {why}"] if (why := transformers_oracle.missing()) else []
+    asks = "exact" in modes and not set(transformers_oracle.OPS).isdisjoint(ops)  # else it need not even be loaded
+    unasked = [f"transformers: {why}"] if asks and (why := transformers_oracle.missing()) else []
     vectors: Mapping[str, Sequence[str]] = {}
     if why := golden.missing(folder or golden.SOURCES):
         if folder is not None:
