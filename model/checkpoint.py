@@ -73,14 +73,13 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# Format of a matrix by the dtypes that its codes and scales have in the file.
+# Format of a matrix by the dtypes that its codes and scales have in the file, where the table leaves it open.
 _FORMAT_OF: Mapping[tuple[str, str | None], str] = MappingProxyType(
     {
         ("F32", None): "fp32",
         ("BF16", None): "bf16",
         ("F8_E4M3", "F8_E8M0"): "e4m3_128x128",
         ("F8_E4M3", "F32"): "e4m3_128x128_fp32",
-        ("I8", "F8_E8M0"): "mxfp4",
     }
 )
 
@@ -111,14 +110,7 @@ def load_weights(
     CheckpointError lists what is missing, unexpected, of another shape or dtype, truncated, or in conflict with the
     index.
     """
-    where, found = _headers(Path(directory))
-    table = weight_table(cfg)
-    if cfg.dspark:
-        table, found = _without_unknown_mtp(table, cfg, where, found)
-    problems = [*_differences(table, cfg, where, found).values()]
-    if problems:
-        raise CheckpointError(listing(directory, problems))
-
+    table, found = checked_table(directory, cfg)
     total, done = sum(stored.nbytes for stored in found.values()), 0
     on_cpu = torch.device(device).type == "cpu"
     loaded: dict[str, Weight | Tensor] = {}
@@ -135,6 +127,20 @@ def load_weights(
                     if progress is not None:
                         progress(done, total)
     return loaded
+
+
+def checked_table(
+    directory: str | os.PathLike[str], cfg: ModelConfig
+) -> tuple[dict[str, WeightSpec], dict[str, Stored]]:
+    """The table of what the checkpoint in `directory` holds, and every tensor of its files by name, whose headers were
+    held against it. CheckpointError as in `load_weights`."""
+    where, found = _headers(Path(directory))
+    table = weight_table(cfg)
+    if cfg.dspark:
+        table, found = _without_unknown_mtp(table, cfg, where, found)
+    if problems := [*_differences(table, cfg, where, found).values()]:
+        raise CheckpointError(listing(directory, problems))
+    return table, found
 
 
 def unstack(weights: Mapping[str, Weight | Tensor], table: Mapping[str, WeightSpec]) -> Iterator[tuple[str, Tensor]]:
@@ -217,7 +223,12 @@ def _read(spec: WeightSpec, files: _Files, found: Mapping[str, Stored], cfg: Mod
     if scale_name(first) in found:
         scale_dtype = found[scale_name(first)].dtype
         scale = _join(spec, [[scale_name(source) for source in parts] for parts in spec.sources], files, found)
-    return Weight(data, scale, FORMATS[_FORMAT_OF[found[first].dtype, scale_dtype]], name=spec.name)
+    return Weight(data, scale, FORMATS[format_in(found[first].dtype, scale_dtype, spec)], name=spec.name)
+
+
+def format_in(dtype: str, scale_dtype: str | None, spec: WeightSpec) -> str:
+    """Format of a matrix whose codes and scales have these dtypes in the file."""
+    return _FORMAT_OF.get((dtype, scale_dtype), spec.format)
 
 
 def _join(spec: WeightSpec, sources: Iterable[Iterable[str]], files: _Files, found: Mapping[str, Stored]) -> Tensor:

@@ -37,11 +37,11 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Quantization:
-    """`quantization_config`. One kind of quantisation exists, so each field has one value, QUANTIZATION's."""
+    """`quantization_config`. For each method of QUANTIZATIONS every field has one value."""
 
-    quant_method: str  # "fp8"
-    fmt: str  # element of the FP8 matrices: "e4m3"
-    weight_block_size: tuple[int, ...]  # rows and columns that share a scale: (128, 128)
+    quant_method: str  # "fp8", as published; "int8", as `dsv4-hal convert` writes for devices without FP8
+    fmt: str  # element of the quantised matrices: "e4m3" or "int8"
+    weight_block_size: tuple[int, ...]  # rows and columns that share a scale: (128, 128); (1, 0): those of a row
     activation_scheme: str  # "dynamic": scales of activations are computed as they come
     scale_fmt: str | None = None  # "ue8m0"; may be absent, as Base checkpoints store fp32 scales
 
@@ -88,7 +88,7 @@ class ModelConfig:
     num_nextn_predict_layers: int  # MTP stages stored in the official form: 0 or 1
     # what a config may lack
     rope_scaling: Yarn | None = None  # YaRN of the compressed layers; None: their frequencies are not scaled
-    expert_dtype: str | None = None  # "fp4" or "fp8" with quantization_config (absent there: "fp4"), else None
+    expert_dtype: str | None = None  # with FP8 "fp4" or "fp8" (absent: "fp4"), with INT8 "int8" or "int4"; else None
     quantization_config: Quantization | None = None  # None: a plain checkpoint, bf16 or fp32 throughout
     dspark: tuple[tuple[str, Any], ...] = ()  # the `dspark_*` keys of later checkpoints, kept to be saved again
 
@@ -118,7 +118,7 @@ class ModelConfig:
         if dtype is not None and known.setdefault("torch_dtype", dtype) != dtype:
             problems.append(f"dtype {_shown(dtype)} contradicts torch_dtype {_shown(known['torch_dtype'])}")
         if known.get("quantization_config") is not None:
-            known.setdefault("expert_dtype", "fp4")
+            known.setdefault("expert_dtype", "fp4")  # the first published configurations lack it
         found = _read(cls, known, FIXED, "", problems)
         if problems:
             raise ConfigError(listing(source, problems))
@@ -173,6 +173,9 @@ FIXED: Mapping[str, Any] = MappingProxyType(
 )
 
 QUANTIZATION = Quantization("fp8", "e4m3", (128, 128), "dynamic", "ue8m0")  # as in the published instruct configs
+INT8 = Quantization("int8", "int8", (1, 0), "dynamic")
+QUANTIZATIONS: Mapping[str, Quantization] = MappingProxyType({q.quant_method: q for q in (QUANTIZATION, INT8)})
+EXPERTS: Mapping[str, tuple[str, ...]] = MappingProxyType({"fp8": ("fp4", "fp8"), "int8": ("int8", "int4")})
 
 # What `dsv4-hal init --dtype` writes.
 STORED_AS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -180,6 +183,8 @@ STORED_AS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "float32": {"torch_dtype": "float32", "expert_dtype": None, "quantization_config": None},
         "bfloat16": {"torch_dtype": "bfloat16", "expert_dtype": None, "quantization_config": None},
         "fp8-fp4": {"torch_dtype": "bfloat16", "expert_dtype": "fp4", "quantization_config": QUANTIZATION},
+        "w8a8": {"torch_dtype": "bfloat16", "expert_dtype": "int8", "quantization_config": INT8},
+        "w4a8": {"torch_dtype": "bfloat16", "expert_dtype": "int4", "quantization_config": INT8},
     }
 )
 
@@ -410,18 +415,31 @@ def _plain_contradictions(cfg: ModelConfig) -> Iterator[str]:
 
 
 def _quantized_contradictions(cfg: ModelConfig, quantization: Quantization) -> Iterator[str]:
+    method = quantization.quant_method
+    if method not in QUANTIZATIONS:
+        yield f"quantization_config.quant_method must be {' or '.join(QUANTIZATIONS)}, got {_shown(method)}"
+        return
     for field in fields(quantization):
-        got, want = getattr(quantization, field.name), getattr(QUANTIZATION, field.name)
+        got, want = getattr(quantization, field.name), getattr(QUANTIZATIONS[method], field.name)
         if got != want and (got is not None or field.default is MISSING):
             yield f"quantization_config.{field.name} must be {_shown(_plain(want))}, got {_shown(_plain(got))}"
     if cfg.torch_dtype != "bfloat16":
         yield f"torch_dtype must be 'bfloat16' with quantization_config, got {cfg.torch_dtype!r}"
-    if cfg.expert_dtype not in ("fp4", "fp8"):
-        yield f"expert_dtype must be 'fp4' or 'fp8' with quantization_config, got {cfg.expert_dtype!r}"
+    if cfg.expert_dtype not in EXPERTS[method]:
+        wanted = " or ".join(map(repr, EXPERTS[method]))
+        yield f"expert_dtype must be {wanted} with quantization_config, got {cfg.expert_dtype!r}"
+    if method == "int8":
+        if cfg.expert_dtype == "int4":
+            yield from _multiples(cfg, [(key, 2, "INT4 experts") for key in ("hidden_size", "moe_intermediate_size")])
+        return
     # w1 and w3 are kept as one matrix, and wo_a is read group by group: neither seam may cut a block of 128 rows
     multiples = [("moe_intermediate_size", 128, "FP8 weights"), ("o_lora_rank", 128, "FP8 weights")]
     if cfg.expert_dtype == "fp4":  # rows of the experts' matrices are whole FP4 blocks
         multiples.append(("hidden_size", 32, "FP4 experts"))
+    yield from _multiples(cfg, multiples)
+
+
+def _multiples(cfg: ModelConfig, multiples: Iterable[tuple[str, int, str]]) -> Iterator[str]:
     for key, unit, what in multiples:
         if getattr(cfg, key) % unit:
             yield f"{key} must be a multiple of {unit} with {what}, got {getattr(cfg, key)}"

@@ -134,13 +134,18 @@ def shapes_only(
 
 
 def _formats(cfg: ModelConfig) -> Mapping[str, str]:
-    """Format by kind. The kinds are named after what the published checkpoints hold; a plain one has no quantised."""
+    """Format by kind. The kinds are named after what the published checkpoints hold; a plain one has no quantised.
+
+    latent  projections between the residual stream and the low ranks of attention: published in FP8, and kept in bf16
+            where the others are INT8, as Ascend's own conversion does
+    """
     if cfg.quantization_config is None:
         plain = {"float32": "fp32", "bfloat16": "bf16"}[cfg.torch_dtype]
-        return {"bf16": plain, "fp32": "fp32", "fp8": plain, "expert": plain}
-    if cfg.expert_dtype == "fp8":
-        return {"bf16": "bf16", "fp32": "fp32", "fp8": "e4m3_128x128_fp32", "expert": "e4m3_128x128_fp32"}
-    return {"bf16": "bf16", "fp32": "fp32", "fp8": "e4m3_128x128", "expert": "mxfp4"}
+        return {"bf16": plain, "latent": plain, "fp8": plain, "expert": plain}
+    if cfg.quantization_config.quant_method == "int8":
+        return {"bf16": "bf16", "latent": "bf16", "fp8": "int8_channel", "expert": f"{cfg.expert_dtype}_channel"}
+    matrix, expert = ("e4m3_128x128_fp32",) * 2 if cfg.expert_dtype == "fp8" else ("e4m3_128x128", "mxfp4")
+    return {"bf16": "bf16", "latent": matrix, "fp8": matrix, "expert": expert}
 
 
 def _spec(source: str, shape: tuple[int, ...], fmt: str, shard: str | None = None) -> WeightSpec:
@@ -170,12 +175,12 @@ def _attention(cfg: ModelConfig, prefix: str, ratio: int) -> Iterator[WeightSpec
     heads, width, groups = cfg.num_attention_heads, cfg.head_dim, cfg.o_groups
     latent = groups * cfg.o_lora_rank
     yield _spec(f"{prefix}attn_sink", (heads,), "fp32", "out")
-    yield _spec(f"{prefix}wq_a.weight", (q, d), formats["fp8"])
+    yield _spec(f"{prefix}wq_a.weight", (q, d), formats["latent"])
     yield _spec(f"{prefix}q_norm.weight", (q,), formats["bf16"])
     yield _spec(f"{prefix}wq_b.weight", (heads * width, q), formats["fp8"], "out")
-    yield _spec(f"{prefix}wkv.weight", (width, d), formats["fp8"])
+    yield _spec(f"{prefix}wkv.weight", (width, d), formats["latent"])
     yield _spec(f"{prefix}kv_norm.weight", (width,), formats["bf16"])
-    yield _spec(f"{prefix}wo_a.weight", (latent, heads * width // groups), formats["fp8"], "out")
+    yield _spec(f"{prefix}wo_a.weight", (latent, heads * width // groups), formats["latent"], "out")
     yield _spec(f"{prefix}wo_b.weight", (d, latent), formats["fp8"], "in")
     if ratio:
         yield from _compressor(cfg, f"{prefix}compressor.", ratio, width)
@@ -223,6 +228,8 @@ _FILE_DTYPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = MappingPro
         "mxfp4": (("I8",), ("F8_E8M0",)),
         "e4m3_128x128": (("F8_E4M3",), ("F8_E8M0",)),
         "e4m3_128x128_fp32": (("F8_E4M3",), ("F32", "F8_E8M0")),  # Base: the usual dtype first
+        "int8_channel": (("I8",), ("F32",)),
+        "int4_channel": (("I8",), ("F32",)),
     }
 )
 

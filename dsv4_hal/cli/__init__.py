@@ -20,6 +20,7 @@ from dsv4_hal.cli.chat import chat
 from dsv4_hal.cli.common import notes
 from dsv4_hal.cli.compare import compare
 from dsv4_hal.cli.conform import conform
+from dsv4_hal.cli.convert import convert
 from dsv4_hal.cli.environment import env
 from dsv4_hal.cli.generate import generate
 from dsv4_hal.cli.info import info
@@ -31,7 +32,7 @@ from dsv4_hal.cli.selection import backends, explain
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="DeepSeek-V4 on any backend.", pretty_exceptions_enable=False
 )
-for verb in (backends, explain, env, info, init, generate, chat, conform, compare, bisect, record, report):
+for verb in (backends, explain, env, info, init, convert, generate, chat, conform, compare, bisect, record, report):
     app.command()(verb)
 
 

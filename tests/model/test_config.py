@@ -168,12 +168,12 @@ def test_later_checkpoints_keep_their_dspark_keys() -> None:
 @pytest.mark.parametrize("dtype", STORED_AS)
 def test_stored_as(dtype: str) -> None:
     cfg = stored_as(load_config(TINY), dtype)
-    assert (cfg.quantization_config is None) == (dtype != "fp8-fp4")
+    assert (cfg.quantization_config is None) == (dtype in ("bfloat16", "float32"))
     assert ModelConfig.from_dict(cfg.to_dict(), "x") == cfg
 
 
 def test_stored_as_names_what_there_is() -> None:
-    with pytest.raises(ConfigError, match="dtype must be one of float32, bfloat16, fp8-fp4, got 'int8'"):
+    with pytest.raises(ConfigError, match="dtype must be one of float32, bfloat16, fp8-fp4, w8a8, w4a8, got 'int8'"):
         stored_as(load_config(TINY), "int8")
 
 
