@@ -40,7 +40,25 @@ class Spill:
     reason: str
 
 
-SPILLS: tuple[Spill, ...] = ()
+_FLOAT32 = (
+    "mode exact: no matrix unit multiplies float32 exactly, so sums and operands of whole rows share the registers of "
+    "ordinary units; the mode is for comparing, not for serving"
+)
+SPILLS: tuple[Spill, ...] = (
+    Spill("attention.attend", "sm_90", 16, _FLOAT32),
+    Spill("attention.peaks", "sm_90", 4, _FLOAT32),
+    Spill("attention.attend", "sm_100", 20, _FLOAT32),
+    Spill("attention.attend", "sm_120", 40, _FLOAT32),
+    Spill("experts.hidden", "sm_100", 28, _FLOAT32),
+    Spill("attention.peaks", "sm_100", 4, "one word of a thread, of the packed rows of training and of mode exact"),
+    Spill(
+        "experts.hidden",
+        "sm_80",
+        56,
+        "the shared expert: sums of gate and up, and FP8 codes that are widened in registers, take all 255 of a thread; "
+        "with half the tile the rows would be read twice",
+    ),
+)
 
 
 @dataclass(frozen=True)
