@@ -55,8 +55,8 @@ SPILLS: tuple[Spill, ...] = (
         "experts.hidden",
         "sm_80",
         56,
-        "the shared expert: sums of gate and up, and FP8 codes that are widened in registers, take all 255 of a thread; "
-        "with half the tile the rows would be read twice",
+        "the shared expert: sums of gate and up, and FP8 codes that are widened in registers, take all 255 of a "
+        "thread; with half the tile the rows would be read twice",
     ),
 )
 

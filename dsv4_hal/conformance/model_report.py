@@ -41,13 +41,14 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def junit(compared: Compared) -> ElementTree.Element:
-    failed = compared.failed
-    name = f"dsv4-hal compare {compared.head['model']['name']}"
-    suite = ElementTree.Element("testsuite", name=name, tests=str(len(compared.rows)), failures=str(len(failed)))
+    suite = ElementTree.Element("testsuite", name=f"dsv4-hal compare {compared.head['model']['name']}")
     for row in compared.rows:
         case = ElementTree.SubElement(suite, "testcase", classname=f"{row.backend}.model", name=row.name)
         if row.verdict not in GOOD:
-            ElementTree.SubElement(case, "failure", message=saved.printable(f"{row.verdict}: {row.message}"))
+            kind = "error" if row.verdict == "error" else "failure"
+            ElementTree.SubElement(case, kind, message=saved.printable(f"{row.verdict}: {row.message}"))
+    for count, kind in (("tests", ""), ("failures", "/failure"), ("errors", "/error")):
+        suite.set(count, str(len(suite.findall(f"testcase{kind}"))))
     return suite
 
 

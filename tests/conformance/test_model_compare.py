@@ -16,7 +16,7 @@ from dsv4_hal.conformance import container, model_run
 from dsv4_hal.conformance.container import BundleError
 from dsv4_hal.conformance.drift import Free, Part, Picks, _alike
 from dsv4_hal.conformance.model_compare import bisect_live, bisect_recorded, first_place, headline, live, recorded
-from dsv4_hal.conformance.model_report import write
+from dsv4_hal.conformance.model_report import junit, write
 from dsv4_hal.conformance.replay import KEPT, Script, kept_rows
 from dsv4_hal.model.checkpoint import init_checkpoint
 from dsv4_hal.model.config import preset
@@ -86,6 +86,7 @@ def test_the_reference_agrees_with_itself(tiny_dir: Path, install: Install, tmp_
     assert head["environment"]["vendor"]["packages"]["torch"] and len(rows) == len(found.rows)
     suite = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()
     assert (suite.get("tests"), suite.get("failures")) == (str(len(rows)), "0")
+    assert suite.get("errors") == "0"
     assert "| layers.0.attn | " in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -261,6 +262,8 @@ def test_a_process_that_is_lost_is_told(tiny_dir: Path, install: Install) -> Non
     (row,) = found.failed
     assert row.name == "process" and "the process of backend vendor ended with exit code 7" in row.message
     assert list(headline(found)) == [f"vendor against reference: not compared: {row.message}"]
+    suite = junit(found)
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == (str(len(found.rows)), "0", "1")
 
 
 @pytest.mark.usefixtures("here")
