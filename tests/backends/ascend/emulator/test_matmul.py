@@ -28,6 +28,11 @@ def int8(draw: torch.Generator, *shape: int) -> Tensor:
     return torch.randint(-128, 128, shape, generator=draw, dtype=torch.int8)
 
 
+def large(draw: torch.Generator, *shape: int) -> Tensor:
+    """Positive, so that a sum over 4096 of products is beyond the integers that float32 holds."""
+    return torch.randint(64, 128, shape, generator=draw, dtype=torch.int8)
+
+
 def fp8(draw: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=draw).to(torch.float8_e4m3fn)
 
@@ -60,7 +65,6 @@ def close(got: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("turned", [False, True])
 def test_int8(torch_npu: ModuleType, draw: torch.Generator, dtype: torch.dtype, turned: bool) -> None:
-    """K of 2048: sums go beyond what float32 holds exactly."""
     x, w = int8(draw, 5, 2048), int8(draw, 24, 2048)
     scale, token = torch.rand(24, generator=draw) * 1e-4, torch.rand(5, generator=draw)
     right = w.T if turned else w.T.contiguous()
@@ -69,7 +73,7 @@ def test_int8(torch_npu: ModuleType, draw: torch.Generator, dtype: torch.dtype, 
 
 
 def test_int8_into_int32_is_exact(torch_npu: ModuleType, draw: torch.Generator) -> None:
-    x, w = int8(draw, 5, 4096), int8(draw, 4096, 24)
+    x, w = large(draw, 5, 4096), large(draw, 4096, 24)
     got = torch_npu.npu_quant_matmul(x, w, torch.ones(24), output_dtype=torch.int32)
     assert torch.equal(got.long(), x.long() @ w.long())
 
@@ -207,7 +211,7 @@ def test_grouped_int8(torch_npu: ModuleType, draw: torch.Generator, dtype: torch
 
 
 def test_grouped_int8_into_int32_is_exact(torch_npu: ModuleType, draw: torch.Generator) -> None:
-    x, w = int8(draw, 7, 4096), int8(draw, 4, 4096, 24)
+    x, w = large(draw, 7, 4096), large(draw, 4, 4096, 24)
     got = grouped(torch_npu, x, w, output_dtype=torch.int32)
     for row, expert in enumerate(OWNER):
         assert torch.equal(got[row].long(), x[row].long() @ w[expert].long())

@@ -186,5 +186,8 @@ def test_trans_quant_param(torch_npu: ModuleType) -> None:
         assert got == (bits & 0xFFFFE000) | 1 << 46
     rounded, _ = quant_param(torch_npu.npu_trans_quant_param(scale, round_mode=1))
     assert ((rounded - scale) / scale).abs().max() <= 2.0**-11
+    ties = torch.tensor([0x3F801000, 0x3F803000], dtype=torch.int32).view(torch.float32)
+    even = quant_param(torch_npu.npu_trans_quant_param(ties, round_mode=1))[0].view(torch.int32)
+    assert even.tolist() == [0x3F800000, 0x3F804000]
     back, offset = quant_param(torch_npu.npu_trans_quant_param(scale, torch.tensor([-3.0, 300, -300, 2.4])))
     assert torch.equal(back, quant_param(cut)[0]) and offset.tolist() == [-3, 255, -256, 2]
