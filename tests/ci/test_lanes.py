@@ -33,17 +33,17 @@ def lanes(here: Path, *scripts: str) -> tuple[int, list[str]]:
 
 
 def test_what_a_script_prints_is_shown_in_one_piece(here: Path) -> None:
-    code, lines = lanes(here, "hello:loud world", "world")
+    code, lines = lanes(here, "hello@.other/bin:loud world", "world")
     assert code == 0
     at = lines.index("=== hello: exit code 0")
-    assert lines[at + 1 : at + 3] == ["hello from .venv/bin", "and 2 arguments, loud"]
+    assert lines[at + 1 : at + 3] == ["hello from .other/bin", "and 2 arguments, loud"]
     assert lines.count("=== world: exit code 0") == lines.count("world") == 2
     assert lines[-2:] == ["=== world: exit code 0", "world"]  # the first lane's, behind the slow one
 
 
 def test_a_script_that_fails_ends_its_lane_and_the_run(here: Path) -> None:
     code, lines = lanes(here, "broken world", "hello")
-    assert code == 1
+    assert code == 1 and "hello from .venv/bin" in lines
     assert "=== broken: exit code 7" in lines and "going down" in lines
     assert "=== hello: exit code 0" in lines and "world" not in lines
 
