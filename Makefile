@@ -3,9 +3,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ASCEND := .venv-ascend
 WORKERS ?= 2
 
-.PHONY: demo test test-cuda full lint bench clean
+.PHONY: demo test test-cuda test-ascend full lint bench clean
 
 demo: $(VENV)/installed
 	bash ci/demo.sh $(BIN)
@@ -15,6 +16,9 @@ test: $(VENV)/installed-test
 
 test-cuda: $(VENV)/installed-test
 	bash ci/cuda.sh $(BIN)
+
+test-ascend: $(ASCEND)/installed
+	bash ci/ascend.sh $(ASCEND)/bin
 
 full: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not browser"
@@ -35,5 +39,13 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
 	touch $@
 
+# Apart from the other: where torch_npu is installed and CANN is not, `import torch` fails unless it is told not to look.
+$(ASCEND)/installed: pyproject.toml constraints.txt
+	test -x $(ASCEND)/bin/python || $(PYTHON) -m venv $(ASCEND)
+	$(ASCEND)/bin/python -m pip install -q -c constraints.txt torch
+	$(ASCEND)/bin/python -m pip install -q -c constraints.txt --no-deps torch_npu
+	$(ASCEND)/bin/python -m pip install -q -c constraints.txt -e . pytest pytest-timeout
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist out *.egg-info
+	rm -rf $(VENV) $(ASCEND) build dist out *.egg-info

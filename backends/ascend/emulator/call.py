@@ -1,0 +1,168 @@
+"""How an emulated operator is declared, and what a call goes through before it is computed.
+
+    @emulated("npu::npu_swiglu")
+    def npu_swiglu(input: Tensor, dim: int) -> Tensor: ...
+
+1. torch's dispatcher holds the call against the schema, the real one of torch_npu for `npu::`.
+2. The operator's own meta kernel is run on the shapes and dtypes; what it returns, the body must return.
+3. The rules of `rule_table` for the operator are asked, on what the meta kernels let through.
+4. The body, a function with the schema's argument names, is called with all arguments by name, defaults filled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from dsv4_hal.backends.ascend.devices import Soc
+from dsv4_hal.backends.ascend.emulator.rule_table import RULES
+from dsv4_hal.backends.ascend.emulator.rules import Call, Refused, broken
+
+Body = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Why an operator's meta kernel is not the last word on what it returns.
+
+    asked   whether it is called at all: what it refuses is refused
+    reason  why its answer is not compared with the result
+    """
+
+    asked: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """An emulated operator.
+
+    name    with its namespace, and its overload behind a point: "npu::npu_format_cast.Tensor"
+    body    computes it
+    schema  arguments and results, for operators that torch_npu does not bring; "" where it does
+    meta    None: the meta kernel is asked, and the result is what it says
+    """
+
+    name: str
+    body: Body
+    schema: str = ""
+    meta: Meta | None = None
+
+    @property
+    def overload(self) -> Any:
+        namespace, _, name = self.name.partition("::")
+        base, _, overload = name.partition(".")
+        return getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")
+
+
+OPS: dict[str, Op] = {}
+"""Every emulated operator, by name: what the files of operators declare when they are imported."""
+
+
+@dataclass
+class _State:
+    soc: Soc | None = None
+    libraries: list[torch.library.Library] = field(default_factory=list)  # registrations end when these are freed
+
+
+_STATE = _State()
+
+
+def emulated(name: str, *, schema: str = "", meta: Meta | None = None) -> Callable[[Body], Body]:
+    """Declare the decorated function as the emulation of `name`. ValueError for a name that is declared already."""
+
+    def declare(body: Body) -> Body:
+        if name in OPS:
+            raise ValueError(f"{name} is declared twice: by {OPS[name].body.__module__} and {body.__module__}")
+        if (meta is None or meta.asked) and schema:
+            raise ValueError(f"{name} has no meta kernel: say so with meta=NO_META")
+        OPS[name] = Op(name, body, schema, meta)
+        return body
+
+    return declare
+
+
+def no_meta(reason: str) -> Meta:
+    """The operator has no meta kernel, or one that refuses what the operator is documented to take."""
+    return Meta(False, reason)
+
+
+def meta_differs(reason: str) -> Meta:
+    """The meta kernel is asked for its objections, not for shapes and dtypes, which it gets wrong."""
+    return Meta(True, reason)
+
+
+NO_META = no_meta("its C++ meta kernel belongs to a package that is not installed")
+
+
+def current() -> Soc | None:
+    """The SoC that this process emulates, if it does."""
+    return _STATE.soc
+
+
+def register(soc: Soc) -> None:
+    """Give every declared operator its CPU implementation, as on `soc`. RuntimeError if that was done before, or if a
+    package that brings operators of its own is loaded."""
+    if _STATE.soc is not None:
+        raise RuntimeError(f"operators are emulated already, as on {_STATE.soc.title}")
+    libraries: dict[tuple[str, str], torch.library.Library] = {}
+    for op in OPS.values():
+        namespace, _, name = op.name.partition("::")
+        kind = "DEF" if op.schema else "IMPL"
+        library = libraries.get((namespace, kind)) or torch.library.Library(namespace, kind)
+        libraries[namespace, kind] = library
+        if op.schema:
+            library.define(name + op.schema)
+        library.impl(name, partial(_called, op), "CPU")
+    _STATE.libraries += libraries.values()
+    _STATE.soc = soc
+
+
+def _called(op: Op, *args: Any, **kwargs: Any) -> Any:
+    assert _STATE.soc is not None  # it is registered
+    overload = op.overload
+    arguments = _bound(overload._schema, args, kwargs)
+    expected = _from_meta(op, overload, arguments)
+    for rule, said in broken(RULES, Call(op.name, _STATE.soc.name, arguments)):
+        raise Refused(op.name, f"{said} ({rule.source})", rule)
+    made = op.body(**arguments)
+    if expected is not None and _described(made) != _described(expected):
+        raise AssertionError(
+            f"{op.name}: the emulator returns {_described(made)}, the meta kernel says {_described(expected)}"
+        )
+    return made
+
+
+def _bound(schema: torch._C.FunctionSchema, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments by name. The dispatcher leaves those out that are at their defaults."""
+    given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | dict(kwargs)
+    return {a.name: given.get(a.name, a.default_value) for a in schema.arguments}
+
+
+def _from_meta(op: Op, overload: Any, arguments: Mapping[str, Any]) -> Any:
+    if op.meta is not None and not op.meta.asked:
+        return None
+    shapes = tree_map_only(
+        Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), arguments
+    )
+    schema = overload._schema
+    positional = [shapes[a.name] for a in schema.arguments if not a.kwarg_only]
+    named = {a.name: shapes[a.name] for a in schema.arguments if a.kwarg_only}
+    try:
+        said = overload(*positional, **named)
+    except Exception as error:  # of whatever kind: it is the vendor's
+        raise Refused(op.name, str(error).strip()) from error
+    return said if op.meta is None else None
+
+
+def _described(result: Any) -> list[str]:
+    return [
+        f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
+        for leaf in tree_leaves(result, is_leaf=lambda leaf: leaf is None)
+    ]

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The Ascend backend, emulated: the real torch_npu on stub libraries in CANN's place, in an environment of its own, since
+# an installed torch_npu without CANN breaks a plain `import torch`. One process emulates one SoC.
+#   bash ci/ascend.sh .venv-ascend/bin       SIZE=quick runs longer cases
+set -euo pipefail
+bin=$(cd "$1" && pwd)
+export TORCH_DEVICE_BACKEND_AUTOLOAD=0 DSV4_HAL_EMULATE=true OMP_NUM_THREADS=1
+"$bin/python" -m dsv4_hal.backends.ascend.emulator.build
+for soc in ascend910_93 ascend950; do
+  DSV4_HAL_ASSUME=$soc "$bin/python" -m pytest tests/backends/ascend
+done
+for mode in a3 a5; do
+  "$bin/dsv4-hal" conform --backend ascend --mode "$mode" --size "${SIZE:-tiny}"
+done
