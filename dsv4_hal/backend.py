@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -72,8 +73,8 @@ class Backend(Ops):
                     "interpreted" for kernels under an interpreter
     differentiable  whether its ops have gradients; False for a backend that is for inference only
     collectives     name under which torch.distributed knows the collectives of its devices
-    adopts          op -> why the code that it inherits is what its devices should run: there is no kernel to write.
-                    `strict` accepts it, and nothing counts it as the backend's own
+    adopts          op -> why another backend's code, inherited or behind it, is what its devices should run: there is
+                    no kernel to write. `strict` accepts it, and nothing counts it as the backend's own
     """
 
     name: ClassVar[str] = ""
@@ -82,7 +83,7 @@ class Backend(Ops):
     affords: ClassVar[str] = "full"
     differentiable: ClassVar[bool] = True
     collectives: ClassVar[str] = "gloo"
-    adopts: ClassVar[Mapping[str, str]] = {}
+    adopts: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:
         verdict = self.available()

@@ -195,7 +195,7 @@ def _choose(op: str, candidates: Sequence[Backend], facts: Facts) -> tuple[Backe
         else:
             verdict = _supports(backend, op, facts)
         if verdict:
-            adopted = backend.adopts.get(op, "") if backend is candidates[0] and origin.kind == "inherited" else ""
+            adopted = candidates[0].adopts.get(op, "") if origin.backend not in ("", wanted) else ""
             reason = verdict.reason if verdict.reason != UNRESTRICTED else ""
             return backend, Resolution(op, origin.kind, origin.backend, tuple(rejected), wanted, adopted, reason)
         rejected.append((backend.name, verdict.reason))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv4_hal.backends.ascend import runtime
 from dsv4_hal.backends.ascend.common import Base
-from dsv4_hal.backends.ascend.providers import INT8, MX, VLLM_ASCEND, Limit, Provider, documented
+from dsv4_hal.backends.ascend.providers import ALL, MX, VLLM_ASCEND, Limit, Provider, documented
 
 CUSTOM_PRE, CUSTOM_POST = "_C_ascend::npu_hc_pre_v2", "_C_ascend::npu_hc_post"
 
@@ -28,9 +28,10 @@ PROVIDERS = (
     Provider(
         "hc_pre",
         (CUSTOM_PRE,),
-        INT8,
+        ALL,
         VLLM_ASCEND + ", tests/e2e/nightly/single_node/ops/singlecard_ops/test_npu_hc_pre.py",
         note="product in HF32, as the profile says",
+        alien={"a5": "its product is in HF32, the profile's in float32"},
         limits={"streams": Limit(among=(4,)), "width": Limit(among=(4096, 7168))},
     ),
     Provider(
@@ -43,7 +44,7 @@ PROVIDERS = (
     Provider(
         "hc_post",
         (CUSTOM_POST,),
-        INT8,
+        ALL,
         VLLM_ASCEND,
         limits={"streams": Limit(among=(4,)), "width": Limit(multiple=128, most=100000)},
     ),

@@ -24,9 +24,7 @@ PROVIDERS = (
         note="in float32, alpha 1 and bias 0, then the routing weight",
         limits={"clamp": Limit(among=(True,))},
     ),
-    Provider(
-        "swiglu", ("npu::npu_swiglu",), ALL, documented("npu_swiglu"), note="in float32, after torch's own clamp"
-    ),
+    Provider("swiglu", ("npu::npu_swiglu",), ALL, documented("npu_swiglu"), note="in float32, after torch's own clamp"),
     Provider(
         "swiglu",
         ("_C_ascend::npu_swiglu_group_quant",),

@@ -52,9 +52,10 @@ class Provider:
 
     op       of the contract
     calls    the operators that it calls, namespace::name; of torch's own, aten::name
-    socs     names of the SoCs whose builds have them, after `source`
+    socs     names of the SoCs that have them, after `source`
     source   the document or file that was read
     refused  why it is not used although it is there; "" if it is
+    alien    numeric profile -> why its numbers are not that profile's
     note     how it is wrapped, so that the contract holds
     limits   size of a call -> what it may be
     """
@@ -65,6 +66,7 @@ class Provider:
     source: str
     refused: str = ""
     note: str = ""
+    alien: Mapping[str, str] = field(default_factory=dict)
     limits: Mapping[str, Limit] = field(default_factory=dict)
 
     @property
@@ -73,9 +75,9 @@ class Provider:
 
     def lacks(self, soc: Soc) -> str:
         """Why it is not used on a SoC; "" if it is, as far as documents say."""
-        if self.refused:
-            return self.refused
-        return "" if soc.name in self.socs else f"not built for {soc.title}"
+        if self.refused or soc.mode in self.alien:
+            return self.refused or self.alien[soc.mode]
+        return "" if soc.name in self.socs else f"{soc.title} has it not"
 
     def misfits(self, sizes: Mapping[str, Any]) -> str:
         """Why it does not take a call of these sizes; "" if it does. A size that is not given is not looked at."""
@@ -106,7 +108,7 @@ class Choice:
 
 
 def choose(table: Sequence[Provider], op: str, soc: Soc, missing: Mapping[str, str]) -> Choice:
-    """What of a table is used for an op on a SoC. missing: operator -> why it cannot be called, of those that cannot."""
+    """What of a table is used for an op on a SoC. missing: why an operator cannot be called, of those that cannot."""
     rows = [(p, p.lacks(soc) or _first(p.calls, missing)) for p in table if p.op == op]
     return Choice(tuple(p for p, why in rows if not why), tuple((p, why) for p, why in rows if why))
 

@@ -75,6 +75,11 @@ def present() -> Soc:
     return soc_of(name.reason)
 
 
+def cann() -> str:
+    """The version of CANN that torch_npu has loaded."""
+    return str(load().npu.utils.get_cann_version())
+
+
 @cache
 def custom() -> Verdict:
     """Whether vllm-ascend's own operators, `torch.ops._C_ascend`, load. Its switch also names their kernels to CANN."""
