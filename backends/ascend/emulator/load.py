@@ -24,6 +24,8 @@ DEVICE: Mapping[str, str] = MappingProxyType(  # SoC -> what its runtime would c
 )
 FAMILIES = (  # files of operators
     "norm_rope",
+    "custom_streams",
+    "custom_experts",
 )
 
 
