@@ -5,7 +5,7 @@
 
 1. torch's dispatcher holds the call against the schema, the real one of torch_npu for `npu::`.
 2. The operator's own meta kernel is run on the shapes and dtypes; what it returns, the body must return.
-3. The rules of `rule_table` for the operator are asked, on what the meta kernels let through.
+3. The rules for the operator are asked, of `rule_table` or of its own, on what the meta kernels let through.
 4. The body, a function with the schema's argument names, is called with all arguments by name, defaults filled in.
 """
 
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dsv4_hal.backends.ascend.devices import Soc
 from dsv4_hal.backends.ascend.emulator.rule_table import RULES
-from dsv4_hal.backends.ascend.emulator.rules import Call, Refused, broken
+from dsv4_hal.backends.ascend.emulator.rules import Call, Refused, Rule, broken
 
 Body = Callable[..., Any]
 
@@ -31,12 +31,14 @@ Body = Callable[..., Any]
 class Meta:
     """Why an operator's meta kernel is not the last word on what it returns.
 
-    asked   whether it is called at all: what it refuses is refused
-    reason  why its answer is not compared with the result
+    asked    whether it is called at all: what it refuses is refused
+    reason   why its answer is not compared with the result
+    results  which results are not compared, by their place; none: no result is
     """
 
     asked: bool
     reason: str
+    results: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,14 @@ class Op:
     body    computes it
     schema  arguments and results, for operators that torch_npu does not bring; "" where it does
     meta    None: the meta kernel is asked, and the result is what it says
+    rules   of an operator that torch_npu does not bring, beside its body; the others stand in `rule_table`
     """
 
     name: str
     body: Body
     schema: str = ""
     meta: Meta | None = None
+    rules: tuple[Rule, ...] = ()
 
     @property
     def overload(self) -> Any:
@@ -74,7 +78,9 @@ class _State:
 _STATE = _State()
 
 
-def emulated(name: str, *, schema: str = "", meta: Meta | None = None) -> Callable[[Body], Body]:
+def emulated(
+    name: str, *, schema: str = "", meta: Meta | None = None, rules: tuple[Rule, ...] = ()
+) -> Callable[[Body], Body]:
     """Declare the decorated function as the emulation of `name`. ValueError for a name that is declared already."""
 
     def declare(body: Body) -> Body:
@@ -82,7 +88,7 @@ def emulated(name: str, *, schema: str = "", meta: Meta | None = None) -> Callab
             raise ValueError(f"{name} is declared twice: by {OPS[name].body.__module__} and {body.__module__}")
         if (meta is None or meta.asked) and schema:
             raise ValueError(f"{name} has no meta kernel: say so with meta=NO_META")
-        OPS[name] = Op(name, body, schema, meta)
+        OPS[name] = Op(name, body, schema, meta, rules)
         return body
 
     return declare
@@ -93,9 +99,10 @@ def no_meta(reason: str) -> Meta:
     return Meta(False, reason)
 
 
-def meta_differs(reason: str) -> Meta:
-    """The meta kernel is asked for its objections, not for shapes and dtypes, which it gets wrong."""
-    return Meta(True, reason)
+def meta_differs(reason: str, results: tuple[int, ...] = ()) -> Meta:
+    """The meta kernel is asked for its objections, not for shapes and dtypes, or those of these results, where it is
+    wrong."""
+    return Meta(True, reason, results)
 
 
 NO_META = no_meta("its C++ meta kernel belongs to a package that is not installed")
@@ -119,9 +126,16 @@ def register(soc: Soc) -> None:
         libraries[namespace, kind] = library
         if op.schema:
             library.define(name + op.schema)
-        library.impl(name, partial(_called, op), "CPU")
+        for key in _keys(op):
+            library.impl(name, partial(_called, op), key)
     _STATE.libraries += libraries.values()
     _STATE.soc = soc
+
+
+def _keys(op: Op) -> tuple[str, ...]:
+    """Where torch's dispatcher looks for an implementation: by a tensor's device, or without one."""
+    tensors = any(str(argument.type) in ("Tensor", "List[Tensor]") for argument in op.overload._schema.arguments)
+    return ("CPU",) if tensors else ("CPU", "BackendSelect")
 
 
 def _called(op: Op, *args: Any, **kwargs: Any) -> Any:
@@ -129,14 +143,24 @@ def _called(op: Op, *args: Any, **kwargs: Any) -> Any:
     overload = op.overload
     arguments = _bound(overload._schema, args, kwargs)
     expected = _from_meta(op, overload, arguments)
-    for rule, said in broken(RULES, Call(op.name, _STATE.soc.name, arguments)):
+    for rule, said in broken((*RULES, *op.rules), Call(op.name, _STATE.soc.name, arguments)):
         raise Refused(op.name, f"{said} ({rule.source})", rule)
     made = op.body(**arguments)
-    if expected is not None and _described(made) != _described(expected):
-        raise AssertionError(
-            f"{op.name}: the emulator returns {_described(made)}, the meta kernel says {_described(expected)}"
-        )
+    wrong = _difference(op, made, expected)
+    if wrong:
+        raise AssertionError(f"{op.name}: {wrong}: an error of the emulator, or a case for a Meta of its own")
     return made
+
+
+def _difference(op: Op, made: Any, expected: Any) -> str:
+    """Where a result is not what the meta kernel says; "" where it is, or was not asked."""
+    skipped = op.meta.results if op.meta is not None else ()
+    if op.meta is not None and not skipped:
+        return ""
+    for place, (got, said) in enumerate(zip(_described(made), _described(expected), strict=True)):
+        if place not in skipped and got != said:
+            return f"result {place} is {got}, the meta kernel says {said}"
+    return ""
 
 
 def _bound(schema: torch._C.FunctionSchema, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,7 +182,7 @@ def _from_meta(op: Op, overload: Any, arguments: Mapping[str, Any]) -> Any:
         said = overload(*positional, **named)
     except Exception as error:  # of whatever kind: it is the vendor's
         raise Refused(op.name, str(error).strip()) from error
-    return said if op.meta is None else None
+    return said
 
 
 def _described(result: Any) -> list[str]:
