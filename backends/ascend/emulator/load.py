@@ -30,6 +30,8 @@ FAMILIES = (  # files of operators
     "routing",
     "storage",
     "streams",
+    "custom_streams",
+    "custom_experts",
 )
 
 
