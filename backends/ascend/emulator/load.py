@@ -24,6 +24,10 @@ DEVICE: Mapping[str, str] = MappingProxyType(  # SoC -> what its runtime would c
 )
 FAMILIES = (  # files of operators
     "norm_rope",
+    "custom_attention",
+    "custom_cache",
+    "custom_compressor",
+    "custom_indexer",
 )
 
 

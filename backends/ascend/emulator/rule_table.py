@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from dsv4_hal.backends.ascend.emulator.custom_rules import RULES as CUSTOM
 from dsv4_hal.backends.ascend.emulator.rules import dtype, rank, rules, same_dtype, same_size
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -26,4 +27,5 @@ RULES = (
         (rank, "gamma", 1),
         (same_size, "gamma", -1, "input", -1),
     ),
+    *CUSTOM,
 )
