@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,10 @@ from dsv4_hal.ops import OPS, Ops
 
 Facts = Mapping[str, Any]
 """Static facts of a model that a backend may refuse an op for: widths, head counts, ratios, formats."""
+
+
+UNRESTRICTED = "no restriction"
+"""Reason of a verdict that has nothing to say."""
 
 
 class BackendError(RuntimeError):
@@ -67,8 +72,9 @@ class Backend(Ops):
     affords         the largest size class of cases that it gets through in reasonable time (`dsv4_hal.ops.SIZES`):
                     "interpreted" for kernels under an interpreter
     differentiable  whether its ops have gradients; False for a backend that is for inference only
-    adopts          op -> why the code that it inherits is what its devices should run: there is no kernel to write.
-                    `strict` accepts it, and nothing counts it as the backend's own
+    collectives     name under which torch.distributed knows the collectives of its devices
+    adopts          op -> why another backend's code, inherited or behind it, is what its devices should run: there is
+                    no kernel to write. `strict` accepts it, and nothing counts it as the backend's own
     """
 
     name: ClassVar[str] = ""
@@ -76,7 +82,8 @@ class Backend(Ops):
     automatic: ClassVar[bool] = True
     affords: ClassVar[str] = "full"
     differentiable: ClassVar[bool] = True
-    adopts: ClassVar[Mapping[str, str]] = {}
+    collectives: ClassVar[str] = "gloo"
+    adopts: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:
         verdict = self.available()
@@ -105,7 +112,7 @@ class Backend(Ops):
 
     def supports(self, op: str, facts: Facts) -> Verdict:
         """Whether `op` can serve a model with these facts. Asked once, at load; cheap and deterministic."""
-        return Verdict(True, "no restriction")
+        return Verdict(True, UNRESTRICTED)
 
     def row_layout(self, kind: str, dim: int, rope: int, ratio: int, window: int = 0) -> RowLayout:
         """Plain values, rounded as the profile says; a backend whose kernels read another layout returns that."""

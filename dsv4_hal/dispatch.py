@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dsv4_hal.backend import Backend, BackendError, Facts, Origin, Verdict, described
+from dsv4_hal.backend import UNRESTRICTED, Backend, BackendError, Facts, Origin, Verdict, described
 from dsv4_hal.formats import RowLayout, Weight
 from dsv4_hal.numerics import Numerics
 from dsv4_hal.ops import FAMILIES, OPS, Ops
@@ -27,6 +27,7 @@ class Resolution:
     rejected  (backend, reason) of every candidate that was preferred and passed over
     wanted    the backend that was to run it: the first of its candidates
     adopted   why that backend runs another's code on purpose ("" where it does not)
+    reason    what the backend said when it accepted the op, where that says more than "no restriction"
     """
 
     op: str
@@ -35,6 +36,7 @@ class Resolution:
     rejected: tuple[tuple[str, str], ...] = ()
     wanted: str = ""
     adopted: str = ""
+    reason: str = ""
 
     @property
     def runs_as(self) -> str:
@@ -193,8 +195,9 @@ def _choose(op: str, candidates: Sequence[Backend], facts: Facts) -> tuple[Backe
         else:
             verdict = _supports(backend, op, facts)
         if verdict:
-            adopted = backend.adopts.get(op, "") if backend is candidates[0] and origin.kind == "inherited" else ""
-            return backend, Resolution(op, origin.kind, origin.backend, tuple(rejected), wanted, adopted)
+            adopted = candidates[0].adopts.get(op, "") if origin.backend not in ("", wanted) else ""
+            reason = verdict.reason if verdict.reason != UNRESTRICTED else ""
+            return backend, Resolution(op, origin.kind, origin.backend, tuple(rejected), wanted, adopted, reason)
         rejected.append((backend.name, verdict.reason))
     if OPS[op].composite:  # its definition runs on whatever its parts were resolved to
         return candidates[0], Resolution(op, "composite", "", tuple(rejected), wanted)

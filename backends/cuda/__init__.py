@@ -40,6 +40,7 @@ class Cuda(Differentiable, Attention, Experts, Cache, Gemm, Moe, HyperConnection
     device_type = "cpu" if INTERPRETED else "cuda"
     automatic = not INTERPRETED
     affords = "interpreted" if INTERPRETED else "full"
+    collectives = "gloo" if INTERPRETED else "nccl"
     adopts = dict.fromkeys(("embedding", "kv_load", "state_new", "state_copy", "state_reset"), _COPY) | {"plan": _PLAN}
     arch: Arch
 

@@ -96,9 +96,9 @@ def _table(ops: Resolved) -> Table:
     table.add_column("why", overflow="fold")
     color = {"native": "green", "composite": "cyan", "inherited": "green", "reference": "yellow"}
     for r in ops.resolutions:
-        why = [f"not {backend}: {reason}" for backend, reason in r.rejected] + [r.adopted] * bool(r.adopted)
+        why = "\n".join(filter(None, [*(f"not {name}: {said}" for name, said in r.rejected), r.adopted, r.reason]))
         runs = f"[{color[r.runs_as]}]{r.runs_as}[/]"
-        table.add_row(r.op, OPS[r.op].family, runs, escape(r.backend) or "its parts", escape("\n".join(why)))
+        table.add_row(r.op, OPS[r.op].family, runs, escape(r.backend) or "its parts", escape(why))
     return table
 
 
@@ -150,4 +150,5 @@ def _row(r: Resolution) -> dict[str, Any]:
         "wanted": r.wanted,
         "rejected": rejected,
         "adopted": r.adopted or None,
+        "reason": r.reason or None,
     }

@@ -89,7 +89,7 @@ def test_explain_as_json(tool: Tool) -> None:
     assert ops["hc_pre"]["rejected"] == [{"backend": "third", "reason": "hidden_size 128 is above 64"}]
     assert ops["mlp"] == {
         "op": "mlp", "family": "moe", "runs_as": "composite", "backend": None, "wanted": "third", "rejected": [],
-        "adopted": None,
+        "adopted": None, "reason": None,
     }  # fmt: skip
     assert sum(found["counts"].values()) == len(OPS)
     assert found["counts"]["native"] == 0

@@ -1,0 +1,64 @@
+"""What the parts of the Ascend backend share: which provider serves a call, and what happens where none does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dsv4_hal.backend import Facts, Verdict
+from dsv4_hal.backends.ascend import widths
+from dsv4_hal.backends.ascend.devices import Soc
+from dsv4_hal.backends.ascend.providers import Choice, Provider
+from dsv4_hal.backends.reference import Reference
+
+
+class Base(Reference):
+    """soc: whose builds the operators come from. choices: op -> its providers on it, for ops that have candidates."""
+
+    soc: Soc
+    choices: Mapping[str, Choice]
+
+    def provider(self, op: str, **sizes: Any) -> Provider | None:
+        """What computes a call of these sizes. None: torch's own ops on the device do, and a warning says why, once."""
+        key = (op, *sizes.values())
+        if key not in self._chosen:
+            self._chosen[key] = self.choices[op].for_call(sizes)
+        found = self._chosen[key]
+        if found is None:
+            own_ops(op, self.choices[op].why_not(sizes))
+        return found
+
+    def uses(self, op: str, call: str, **sizes: Any) -> bool:
+        """Whether such a call goes to the provider that calls the operator `call`, among others."""
+        found = self.provider(op, **sizes)
+        return found is not None and call in found.calls
+
+    def supports(self, op: str, facts: Facts) -> Verdict:
+        """Which providers serve the calls that such a model makes, and why not the others."""
+        choice = self.choices.get(op)
+        if choice is None:
+            return super().supports(op, facts)
+        passed = [f"not {p.name}: {why}" for p, why in choice.passed]
+        if self.origin(op).kind != "native":
+            return Verdict(True, "; ".join(passed))
+        if self.numerics.accumulate != torch.float32:
+            return Verdict(False, f"its operators sum in float32, the profile in {self.numerics.accumulate}")
+        wanted = widths.calls(op, facts, self.soc)
+        lacking = [choice.why_not(sizes) for sizes in wanted if choice.for_call(sizes) is None]
+        if lacking or not choice.used:
+            return Verdict(False, "; ".join(dict.fromkeys(lacking)) or choice.why_not({}))
+        serving = [p for sizes in wanted if (p := choice.for_call(sizes))] or choice.used
+        used = [f"{p.name} ({p.note})" if p.note else p.name for p in serving]
+        return Verdict(True, "; ".join(dict.fromkeys(used + passed)))
+
+    @property
+    def _chosen(self) -> dict[tuple[Any, ...], Provider | None]:
+        return self.__dict__.setdefault("_kept_choices", {})
+
+
+def own_ops(op: str, why: str) -> None:
+    """Say, once, that torch's own ops compute a call on the device, and why."""
+    warnings.warn(f"ascend: {op} runs on torch's own ops: {why}", stacklevel=4)

@@ -1,0 +1,130 @@
+"""Weights in the arrangements that the operators read. Every change is exact, and undone by `restored`.
+
+FP8 with a power of two for 128 x 128 values becomes MXFP8: the same codes, the same powers for 1 x 32. MXFP4 stacks go
+into the fractal layout of the 950's grouped product, INT8 stands with its outputs along a row, INT4 is packed along the
+outputs with what the 910s' grouped product must be given to correct for its splitting of the activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dsv4_hal.backends.ascend import runtime
+from dsv4_hal.backends.ascend.devices import Soc
+from dsv4_hal.backends.ascend.widths import kept_format
+from dsv4_hal.formats import FORMATS, Weight, dequantize, pack_nibbles, unpack_nibbles
+
+ND, FRACTAL_NZ = 2, 29  # numbers of CANN's formats
+COLUMNS, OPERANDS = "columns", "operands"  # layouts
+
+
+@dataclass(frozen=True)
+class Arranged(Weight):
+    """A weight that is kept only as its operator reads it: `data` has its shape, and no memory.
+
+    operands  int4_channel [E, N, K]: int32 [E, K, N / 8], eight codes an item along N, the first in the low bits;
+              int64 [E, 1, N], the bits of the float32 scales; float32 [E, N], 8 * sum over K of code * scale
+              mxfp4 [E, N, K]: uint8 [E, N, K / 2] in FRACTAL_NZ
+    """
+
+    operands: tuple[Tensor, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        return self.operands[0].device
+
+
+def arranged(w: Weight, soc: Soc, storage: torch.dtype) -> Weight:
+    """A checkpoint's weight as the operators of a SoC read it; as it is, where they read that, or none reads it."""
+    if w.data.is_meta or w.format.plain:
+        return w
+    if w.name.endswith("wo_a"):  # block_diagonal_linear: its values, rounded once
+        return Weight(dequantize(w, storage), None, FORMATS["bf16"], w.name)
+    stack, (rows, columns) = w.data.dim() == 3, w.shape[-2:]
+    if w.format.name != "mxfp8" and kept_format(w.format.name, soc) == "mxfp8" and columns % 64 == 0:
+        return mx_weight(w) if w.format.scale == "e8m0" or powers_of_two(w) else w
+    if w.format.name not in soc.formats:
+        return w
+    if w.format.name == "int8_channel":
+        return replace(w, data=w.data.mT.contiguous().mT, layout=COLUMNS)
+    if w.format.name == "int4_channel" and stack and rows % 8 == 0:
+        return _int4(w)
+    if w.format.name == "mxfp4" and stack and rows % 16 == 0 and columns % 64 == 0:
+        return _mxfp4(w)
+    return w
+
+
+def restored(w: Weight) -> Weight:
+    """The weight in the checkpoint's order, for torch's own ops."""
+    if not isinstance(w, Arranged):
+        return replace(w, layout="checkpoint")
+    if w.format.name == "int4_channel":
+        codes = unpack_nibbles(w.operands[0].contiguous().view(torch.int8)).mT.contiguous()
+        return Weight(pack_nibbles(codes), w.scale, w.format, w.name)
+    codes = runtime.load().npu_format_cast(w.operands[0], ND)
+    return Weight(codes.view(torch.int8), w.scale, w.format, w.name)
+
+
+def powers_of_two(w: Weight) -> bool:
+    """Whether every float32 scale is a power of two that e8m0 holds. Waits for the device."""
+    assert w.scale is not None
+    return not _no_power(w.scale).any()
+
+
+def mx_weight(w: Weight) -> Weight:
+    """FP8 [..., N, K] with one scale for 128 x 128 values, K a multiple of 64 -> the same values in mxfp8.
+
+    ValueError names the weight and the first block whose scale is no power of two: MX has no other scales.
+    """
+    assert w.scale is not None
+    scale = w.scale
+    if w.format.scale != "e8m0":
+        wrong = _no_power(scale).nonzero()
+        if len(wrong):
+            block = tuple(wrong[0].tolist())
+            raise ValueError(
+                f"{w.name or 'weight'}: the scale of block {block} is {scale[block].item()}, no power of two from "
+                "2^-127 to 2^127: MXFP8 holds nothing else"
+            )
+        scale = scale.to(torch.float8_e8m0fnu)
+    rows, columns = w.shape[-2:]
+    small = scale.view(torch.uint8).repeat_interleave(128, -2)[..., :rows, :]
+    small = small.repeat_interleave(4, -1)[..., : columns // 32].contiguous()
+    return Weight(w.data, small.view(torch.float8_e8m0fnu), FORMATS["mxfp8"], w.name)
+
+
+def _no_power(scale: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1)
+    return (mantissa != 0.5) | (exponent < -126) | (exponent > 128)
+
+
+def _int4(w: Weight) -> Weight:
+    """Packed along the outputs. Source: vllm-ascend 182b75ea, vllm_ascend/quantization/methods/w4a8.py."""
+    assert w.scale is not None
+    codes = unpack_nibbles(w.data).mT.contiguous()  # [E, K, N], 0 .. 15
+    packed = pack_nibbles(codes).view(torch.int32)
+    scale = w.scale.mT.contiguous()  # [E, 1, N]
+    bits = scale.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    values = ((codes.to(torch.int8) ^ 8) - 8).to(torch.float32)
+    bias = 8 * values.sum(1) * scale[:, 0]
+    return _bare(w, (packed, bits, bias))
+
+
+def _mxfp4(w: Weight) -> Weight:
+    """In FRACTAL_NZ. Source: vllm-ascend 182b75ea, vllm_ascend/quantization/methods/w4a8_mxfp4.py."""
+    npu = runtime.load()
+    codes = npu.npu_format_cast(
+        w.data.view(torch.uint8),
+        FRACTAL_NZ,
+        customize_dtype=torch.float8_e4m3fn,
+        input_dtype=npu.float4_e2m1fn_x2,
+    )
+    return _bare(w, (codes,))
+
+
+def _bare(w: Weight, operands: tuple[Tensor, ...]) -> Weight:
+    empty = torch.empty_like(w.data, device="meta")
+    return Arranged(empty, w.scale, w.format, w.name, OPERANDS, operands)

@@ -1,0 +1,79 @@
+"""The sizes of the calls that a model makes of each op, from its static facts: what `explain` asks providers about.
+
+Names are those of the rows' limits. Formats of weights are named as they are kept here, after `repack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from dsv4_hal.backend import Facts
+from dsv4_hal.backends.ascend.devices import Soc
+
+Sizes = Mapping[str, Any]
+
+# Formats that are exactly another one, which the SoC multiplies: stored -> kept.
+KEPT: Mapping[str, str] = MappingProxyType({"e4m3_128x128": "mxfp8", "e4m3_128x128_fp32": "mxfp8"})
+
+
+def kept_format(name: str, soc: Soc) -> str:
+    """How a stored format is kept on a SoC."""
+    other = KEPT.get(name, name)
+    return other if other in soc.formats else name
+
+
+def calls(op: str, facts: Facts, soc: Soc) -> list[Sizes]:
+    """Sizes of an op's calls; empty without facts, and for an op whose sizes no provider asks about."""
+    find = _CALLS.get(op)
+    return [] if not facts or find is None else list(find(facts, soc))
+
+
+def _linear(facts: Facts, soc: Soc) -> Iterator[Sizes]:
+    d, q, heads, dim = (facts[k] for k in ("hidden_size", "q_lora_rank", "num_attention_heads", "head_dim"))
+    inner, low = facts["moe_intermediate_size"], facts["o_groups"] * facts["o_lora_rank"]
+    index = facts["index_n_heads"] * facts["index_head_dim"]
+    stored = {None: "bf16", "fp4": "e4m3_128x128", "fp8": "e4m3_128x128_fp32"}[facts["expert_dtype"]]
+    fmt = kept_format(stored, soc)
+    matrices = ((q, d), (dim, d), (heads * dim, q), (index, q), (d, low), (2 * inner, d), (d, inner))
+    for outputs, inputs in matrices:
+        yield {"format": fmt, "inputs": inputs, "outputs": outputs}
+    for outputs in (facts["n_routed_experts"], facts["vocab_size"]):
+        yield {"format": "bf16", "inputs": d, "outputs": outputs}
+
+
+def _experts(facts: Facts, soc: Soc) -> Iterator[Sizes]:
+    d, inner = facts["hidden_size"], facts["moe_intermediate_size"]
+    stored = {None: "bf16", "fp4": "mxfp4", "fp8": "e4m3_128x128_fp32"}[facts["expert_dtype"]]
+    experts = {"format": kept_format(stored, soc), "experts": facts["n_routed_experts"]}
+    yield experts | {"inputs": d, "outputs": 2 * inner}
+    yield experts | {"inputs": inner, "outputs": d}
+
+
+def _groups(facts: Facts, soc: Soc) -> Iterator[Sizes]:
+    groups = facts["o_groups"]
+    inputs = facts["num_attention_heads"] * facts["head_dim"] // groups
+    yield {"groups": groups, "inputs": inputs, "flat_inputs": groups * inputs, "outputs": facts["o_lora_rank"]}
+
+
+def _streams(facts: Facts, soc: Soc) -> Iterator[Sizes]:
+    yield {"streams": facts["hc_mult"], "width": facts["hidden_size"]}
+
+
+def _rotary(facts: Facts, soc: Soc) -> Iterator[Sizes]:
+    for heads in (facts["num_attention_heads"], facts["index_n_heads"], 1):
+        yield {"heads": heads, "rotary": facts["qk_rope_head_dim"]}
+
+
+_CALLS: Mapping[str, Callable[[Facts, Soc], Iterator[Sizes]]] = MappingProxyType(
+    {
+        "linear": _linear,
+        "grouped_linear": _experts,
+        "block_diagonal_linear": _groups,
+        "rope": _rotary,
+        "hc_pre": _streams,
+        "hc_post": _streams,
+        "permute": lambda facts, soc: iter([{"experts": facts["n_routed_experts"]}]),
+    }
+)
