@@ -13,14 +13,15 @@ from dsv4_hal.backends.ascend.emulator.rules import (
     Call,
     absent,
     between,
-    contiguous,
     dtype,
     given,
+    is_plain,
     multiple,
     rank,
     rules,
     same_dtype,
     same_size,
+    scattered,
     size,
     soc,
     value,
@@ -30,6 +31,7 @@ from dsv4_hal.backends.ascend.emulator.schedule import WORDS, attention_done, is
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 INT8, INT32, INT64, E4M3, UINT8 = torch.int8, torch.int32, torch.int64, torch.float8_e4m3fn, torch.uint8
 A3, A5 = ("ascend910b", "ascend910_93"), ("ascend950",)
+HERE = "the emulator: documented, but not computed here"
 BUILD = "csrc/build_aclnn.sh"
 BINDING = "csrc/torch_binding.cpp"
 SHAREDKV = "csrc/attention/sparse_attn_sharedkv/README.md"
@@ -61,7 +63,7 @@ def starts_at_zero(call: Call, name: str) -> str:
     return "" if all(int(t[0]) == 0 for t in call.tensors(name)) else f"{name} must begin with 0"
 
 
-def within(call: Call, name: str, low: int, target: str) -> str:
+def rows_of(call: Call, name: str, low: int, target: str) -> str:
     """Every index names a row of the flattened leading dimensions of another tensor, or is at least `low`."""
     for index in call.tensors(name):
         rows = max(t[..., 0].numel() for t in call.tensors(target))
@@ -70,19 +72,12 @@ def within(call: Call, name: str, low: int, target: str) -> str:
     return ""
 
 
-def inside(call: Call, name: str, target: str) -> str:
-    """Indices [N, a] lie within the first a dimensions of another tensor."""
-    index, shape = call.tensors(name)[0], call.tensors(target)[0].shape
-    limits = torch.tensor(shape[: index.shape[-1]])
-    return "" if bool(((index >= 0) & (index < limits)).all()) else f"{name} must lie inside {target} {tuple(shape)}"
-
-
 def covers(call: Call, name: str, cache: str, lengths: str, per: str = "") -> str:
     """A block table is wide enough for the longest sequence, whose rows count `per` tokens each."""
     ratio = max(1, call.arguments[per]) if per else 1
-    for table in call.tensors(name):
-        rows = [int(t.max()) // ratio for t in call.tensors(lengths)]
-        need = max([-(-n // call.tensors(cache)[0].shape[1]) for n in rows], default=0)
+    for table, rows in zip(call.tensors(name), call.tensors(cache), strict=False):  # `given` asks for both
+        longest = max((int(t.max()) // ratio for t in call.tensors(lengths)), default=0)
+        need = -(-longest // rows.shape[1])
         if table.shape[1] < need:
             return f"{name} must have at least {need} columns, not {table.shape[1]}"
     return ""
@@ -91,11 +86,6 @@ def covers(call: Call, name: str, cache: str, lengths: str, per: str = "") -> st
 def not_empty(call: Call, *names: str) -> str:
     empty = [name for name in names for t in call.tensors(name) if not t.numel()]
     return f"{empty[0]} must not be empty" if empty else ""
-
-
-def strides(call: Call, name: str) -> str:
-    """Contiguous, but for the distance of blocks."""
-    return "" if all(t[0].is_contiguous() for t in call.tensors(name)) else f"the blocks of {name} must be contiguous"
 
 
 def at_most(call: Call, name: str, most: int) -> str:
@@ -146,7 +136,6 @@ _MASKS = (
 _ATTENTION = (
     *_LENGTHS,
     *_MASKS,
-    (value, "layout_q", "TND"),  # the emulator computes this layout only
     (value, "return_softmax_lse", False),
     (absent, "ori_sparse_indices"),
     (absent, "seqused_q"),
@@ -196,6 +185,7 @@ _PLANNED = (
 
 RULES = (
     *rules("_C_ascend::npu_sparse_attn_sharedkv", BUILD, (soc, *A3)),
+    *rules("_C_ascend::npu_sparse_attn_sharedkv", HERE, (value, "layout_q", "TND")),
     *rules(
         "_C_ascend::npu_sparse_attn_sharedkv",
         SHAREDKV,
@@ -224,6 +214,7 @@ RULES = (
         *_PLANNED,
     ),
     *rules("_C_ascend::npu_kv_quant_sparse_attn_sharedkv", BUILD, (soc, *A5)),
+    *rules("_C_ascend::npu_kv_quant_sparse_attn_sharedkv", HERE, (value, "layout_q", "TND")),
     *rules(
         "_C_ascend::npu_kv_quant_sparse_attn_sharedkv",
         KV_QUANT,
@@ -237,9 +228,9 @@ RULES = (
         (size, "ori_kv", 3, 640),
         (size, "cmp_kv", 3, 640),
         (size, "cmp_sparse_indices", 2, 512, 1024),
-        (contiguous, "q"),
-        (contiguous, "ori_kv"),
-        (contiguous, "cmp_kv"),
+        (is_plain, "q"),
+        (is_plain, "ori_kv"),
+        (is_plain, "cmp_kv"),
         *_ATTENTION,
     ),
     *rules(
@@ -267,12 +258,12 @@ RULES = (
         (value, "rope_head_dim", 64),
         *_PLANNED,
     ),
+    *rules("_C_ascend::npu_vllm_quant_lightning_indexer", HERE, (value, "layout_query", "TND")),
     *rules(
         "_C_ascend::npu_vllm_quant_lightning_indexer",
         INDEXER,
         (value, "query_quant_mode", 0),
         (value, "key_quant_mode", 0),
-        (value, "layout_query", "TND"),  # the emulator computes this layout only
         (value, "layout_key", "PA_BSND"),
         (value, "sparse_mode", 0, 3),
         (value, "pre_tokens", FOREVER),
@@ -292,8 +283,8 @@ RULES = (
         (size, "key", 3, 128),
         (multiple, "key", 1, 16),
         (between, "key", 1, 16, 1024),
-        (contiguous, "weights"),
-        (contiguous, "query_dequant_scale"),
+        (is_plain, "weights"),
+        (is_plain, "query_dequant_scale"),
         (sums, "actual_seq_lengths_query"),
         (same_size, "block_table", 0, "actual_seq_lengths_key", 0),
         (covers, "block_table", "key", "actual_seq_lengths_key", "cmp_ratio"),
@@ -337,7 +328,7 @@ RULES = (
         (dtype, "indices", INT32),
         (same_dtype, "var", "update"),
         (rank, "indices", 2),
-        (inside, "indices", "var"),
+        (scattered, "update", "indices", "var"),
     ),
     *rules("_C_ascend::kv_compress_epilog", BUILD, (soc, *A5)),
     *rules(
@@ -360,7 +351,7 @@ RULES = (
         (value, "quant_mode", 2),
         (value, "round_scale_flag", True),
         (value, "layout", 1),
-        (within, "slot_mapping", -1, "kv_compress_cache"),
+        (rows_of, "slot_mapping", -1, "kv_compress_cache"),
     ),
     *rules("_C_ascend::indexer_compress_epilog_v2", BUILD, (soc, *A5)),
     *rules(
@@ -374,8 +365,9 @@ RULES = (
         (size, "indexer_compress_cache", 3, 132),
         (size, "x", 1, 128),
         (same_size, "slot_mapping", 0, "x", 0),
-        (within, "slot_mapping", -1, "indexer_compress_cache"),
+        (rows_of, "slot_mapping", -1, "indexer_compress_cache"),
     ),
+    *rules("_C_ascend::compressor", HERE, (absent, "seqused")),
     *rules(
         "_C_ascend::compressor",
         COMPRESSOR,
@@ -391,7 +383,6 @@ RULES = (
         (given, "state_block_table"),
         (given, "cu_seqlens"),
         (given, "start_pos"),
-        (absent, "seqused"),  # the emulator compresses all tokens
         (rank, "x", 2),
         (multiple, "x", 1, 512),
         (between, "x", 1, 1024, 10240),

@@ -23,7 +23,13 @@ DEVICE: Mapping[str, str] = MappingProxyType(  # SoC -> what its runtime would c
     {"ascend910b": "Ascend910B3", "ascend910_93": "Ascend910_9382", "ascend950": "Ascend950DT_9582"}
 )
 FAMILIES = (  # files of operators
+    "activation",
+    "matmul",
     "norm_rope",
+    "quantize",
+    "routing",
+    "storage",
+    "streams",
     "custom_attention",
     "custom_cache",
     "custom_compressor",

@@ -167,6 +167,20 @@ def indexer(fp8: bool, tokens: Sequence[int] = (2, 1), seed: int = 0) -> Made:
     return made
 
 
+def planned_picks(made: Made) -> dict[str, Any]:
+    """The call of the metadata operator for an indexer call."""
+    same = (
+        "actual_seq_lengths_query",
+        "actual_seq_lengths_key",
+        "layout_query",
+        "layout_key",
+        "sparse_count",
+        "cmp_ratio",
+    )
+    widths = {"num_heads_q": 64, "num_heads_k": 1, "head_dim": 128, "query_quant_mode": 0, "key_quant_mode": 0}
+    return {name: made.arguments[name] for name in same} | widths
+
+
 def compressor(
     width: int = 128, coff: int = 2, ratio: int = 4, start: Sequence[int] = (0, 0), tokens: Sequence[int] = (9, 6)
 ) -> Made:

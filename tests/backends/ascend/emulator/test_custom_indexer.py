@@ -58,18 +58,5 @@ def test_weights_and_scales_overflow_together_on_the_a3(torch_npu: ModuleType, s
 
 def test_the_metadata_operator_makes_the_schedule(torch_npu: ModuleType, soc: Soc) -> None:
     made = calls.indexer(soc.mode == "a5")
-    given = made.arguments
-    metadata = torch.ops._C_ascend.npu_vllm_quant_lightning_indexer_metadata(
-        64,
-        1,
-        128,
-        0,
-        0,
-        given["actual_seq_lengths_query"],
-        given["actual_seq_lengths_key"],
-        layout_query="TND",
-        layout_key="PA_BSND",
-        sparse_count=512,
-        cmp_ratio=4,
-    )
-    assert torch.equal(metadata, given["metadata"])
+    metadata = torch.ops._C_ascend.npu_vllm_quant_lightning_indexer_metadata(**calls.planned_picks(made))
+    assert torch.equal(metadata, made.arguments["metadata"])
