@@ -16,7 +16,7 @@ from torch import Tensor
 from dsv4_hal.backends.ascend import runtime
 from dsv4_hal.backends.ascend.common import Base
 from dsv4_hal.backends.ascend.providers import ALL, INT8, MX, Limit, Provider, documented
-from dsv4_hal.backends.ascend.weights import Arranged, arranged, restored
+from dsv4_hal.backends.ascend.weights import Arranged, arranged
 from dsv4_hal.backends.reference.gemm import emit
 from dsv4_hal.formats import FORMATS, Format, QTensor, Weight
 
@@ -91,13 +91,13 @@ PROVIDERS = (
         "grouped_linear",
         (DYNAMIC, GROUPED),
         INT8,
-        documented("npu_dynamic_quant, npu_grouped_matmul") + _GROUPED_V5 + _W4A8,
+        documented("npu_dynamic_quant, npu_grouped_matmul") + _GROUPED_V5,
+        note="int8_channel: sums in int32, scaled by torch; it would return bfloat16 only with scales rounded to it",
         limits={
             "format": _stored("int8_channel"),
             "experts": Limit(most=1024),
             "inputs": Limit(most=65535),
             "outputs": Limit(most=65535),
-            "result": _BF16,
         },
     ),
     Provider(
@@ -164,7 +164,7 @@ class Gemm(Base):
         self, x: Tensor | QTensor, w: Weight, out_dtype: torch.dtype | None = None, *, out: Tensor | None = None
     ) -> Tensor:
         if self._product("linear", x, w, out_dtype) is None:
-            return super().linear(x, restored(w), out_dtype, out=out)
+            return super().linear(x, w, out_dtype, out=out)
         if w.format.plain:
             assert isinstance(x, Tensor)
             return emit(F.linear(x, w.data), out)
@@ -200,25 +200,15 @@ class Gemm(Base):
     ) -> Tensor:
         sizes = {"experts": w.data.shape[0]}
         if self._product("grouped_linear", rows, w, out_dtype, **sizes) is None:
-            return super().grouped_linear(rows, restored(w), offsets, out_dtype, out=out)
-        groups = {"group_list": offsets[1:].contiguous(), "group_list_type": 0}
-        if w.format.name == "int4_channel":  # it takes counts, whatever it is told
-            groups = {"group_list": offsets.diff(), "group_list_type": 1}
-        made = runtime.load().npu_grouped_matmul(
-            **_OPERANDS[w.format.name](self, rows, w),
-            **groups,
-            split_item=2,
-            group_type=0,
-            output_dtype=torch.bfloat16,
-        )
-        return emit(made[0], out)
+            return super().grouped_linear(rows, w, offsets, out_dtype, out=out)
+        return emit(_GROUPED_FORMS[w.format.name](self, rows, w, offsets).to(out_dtype or self.numerics.storage), out)
 
     def block_diagonal_linear(self, x: Tensor, w: Weight, *, out: Tensor | None = None) -> Tensor:
         groups, inputs = x.shape[1:]
         sizes = {"groups": groups, "inputs": inputs, "flat_inputs": groups * inputs, "outputs": w.shape[1]}
         if not x.numel() or self.provider("block_diagonal_linear", **sizes) is None:
-            return super().block_diagonal_linear(x, restored(w), out=out)
-        values = self.dequantize(restored(w), self.numerics.storage)
+            return super().block_diagonal_linear(x, w, out=out)
+        values = self.dequantize(w.ordered(), self.numerics.storage)
         y = runtime.load().npu_transpose_batchmatmul(
             x.contiguous(), values.mT, perm_x1=[1, 0, 2], perm_x2=[0, 1, 2], perm_y=[1, 0, 2]
         )
@@ -229,7 +219,7 @@ class Gemm(Base):
     ) -> Provider | None:
         """What multiplies x and w; None: torch's own ops, for products that need no operator without a word."""
         result = out_dtype or self.numerics.storage
-        if not x.shape[0] or (w.format.plain and (w.format.name, result) != ("bf16", torch.bfloat16)):
+        if not x.shape[0] or (w.format.plain and (w.format.name, result, type(x)) != ("bf16", torch.bfloat16, Tensor)):
             return None
         activation = x.format if isinstance(x, QTensor) else self.numerics.activation
         assert activation is not None  # of both profiles
@@ -264,50 +254,66 @@ def _mx_operands(q: QTensor) -> tuple[Tensor, Tensor]:
     return q.data, _pairs(q.scale)
 
 
-def _grouped_bf16(gemm: Gemm, rows: Tensor, w: Weight) -> dict[str, Any]:
-    return {"x": [rows], "weight": [w.data.mT]}
+def _grouped(x: Tensor, w: Tensor, offsets: Tensor, result: torch.dtype = torch.bfloat16, **more: Any) -> Tensor:
+    """Rows x [M, K] of expert e times w[e] [K, N], for e in order: [M, N] in `result`."""
+    made = runtime.load().npu_grouped_matmul(
+        [x], [w], group_list=offsets[1:], group_list_type=0, group_type=0, split_item=2, output_dtype=result, **more
+    )
+    return made[0]
 
 
-def _grouped_int8(gemm: Gemm, rows: Tensor, w: Weight) -> dict[str, Any]:
+def _grouped_bf16(gemm: Gemm, rows: Tensor, w: Weight, offsets: Tensor) -> Tensor:
+    return _grouped(rows, w.data.mT, offsets)
+
+
+def _grouped_int8(gemm: Gemm, rows: Tensor, w: Weight, offsets: Tensor) -> Tensor:
     assert w.scale is not None
     codes, scale = gemm._int8(rows)
-    return {"x": [codes], "weight": [w.data.mT], "scale": [w.scale.squeeze(-1)], "per_token_scale": [scale]}
+    sums = _grouped(codes, w.data.mT, offsets, torch.int32)
+    scales = w.scale.squeeze(-1).repeat_interleave(offsets.diff(), 0, output_size=len(rows))
+    return sums.to(gemm.numerics.accumulate) * scale[:, None] * scales
 
 
-def _grouped_int4(gemm: Gemm, rows: Tensor, w: Weight) -> dict[str, Any]:
+def _grouped_int4(gemm: Gemm, rows: Tensor, w: Weight, offsets: Tensor) -> Tensor:
     assert isinstance(w, Arranged)
     (codes, scale), (packed, bits, bias) = gemm._int8(rows), w.operands
-    return {"x": [codes], "weight": [packed], "scale": [bits], "bias": [bias], "per_token_scale": [scale]}
+    made = runtime.load().npu_grouped_matmul(
+        [codes],
+        [packed],
+        scale=[bits],
+        bias=[bias],
+        per_token_scale=[scale],
+        group_list=offsets.diff(),  # counts are all that it takes
+        group_list_type=1,
+        group_type=0,
+        split_item=2,
+        output_dtype=torch.bfloat16,
+    )
+    return made[0]
 
 
-def _grouped_mx(gemm: Gemm, rows: Tensor, w: Weight) -> dict[str, Any]:
-    codes, scale = _mx_operands(gemm._mx(rows))
+def _grouped_mx(gemm: Gemm, rows: Tensor, w: Weight, offsets: Tensor) -> Tensor:
     assert w.scale is not None
-    return {
-        "x": [codes],
-        "weight": [w.data.mT],
-        "scale": [_pairs(w.scale).transpose(-3, -2)],
-        "scale_dtype": runtime.load().float8_e8m0fnu,
-        "per_token_scale": [scale],
-        "per_token_scale_dtype": runtime.load().float8_e8m0fnu,
-    }
+    (codes, scale), e8m0 = _mx_operands(gemm._mx(rows)), runtime.load().float8_e8m0fnu
+    scales = {"scale": [_pairs(w.scale).transpose(-3, -2)], "scale_dtype": e8m0}
+    return _grouped(codes, w.data.mT, offsets, per_token_scale=[scale], per_token_scale_dtype=e8m0, **scales)
 
 
-def _grouped_mx_fp4(gemm: Gemm, rows: Tensor, w: Weight) -> dict[str, Any]:
-    codes, scale = _mx_operands(gemm._mx(rows))
+def _grouped_mx_fp4(gemm: Gemm, rows: Tensor, w: Weight, offsets: Tensor) -> Tensor:
     assert isinstance(w, Arranged) and w.scale is not None
-    npu = runtime.load()
-    return {
-        "x": [codes],
-        "weight": [w.operands[0].mT],
-        "weight_dtype": npu.float4_e2m1fn_x2,
-        "antiquant_scale": [_pairs(w.scale).transpose(-3, -2)],
-        "per_token_scale": [scale],
-        "per_token_scale_dtype": npu.float8_e8m0fnu,
-    }
+    (codes, scale), npu = _mx_operands(gemm._mx(rows)), runtime.load()
+    return _grouped(
+        codes,
+        w.operands[0].mT,
+        offsets,
+        weight_dtype=npu.float4_e2m1fn_x2,
+        antiquant_scale=[_pairs(w.scale).transpose(-3, -2)],
+        per_token_scale=[scale],
+        per_token_scale_dtype=npu.float8_e8m0fnu,
+    )
 
 
-_OPERANDS: Mapping[str, Callable[[Gemm, Tensor, Weight], dict[str, Any]]] = MappingProxyType(
+_GROUPED_FORMS: Mapping[str, Callable[[Gemm, Tensor, Weight, Tensor], Tensor]] = MappingProxyType(
     {
         "bf16": _grouped_bf16,
         "int8_channel": _grouped_int8,

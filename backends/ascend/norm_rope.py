@@ -60,11 +60,12 @@ class NormRope(Base):
         return emit(y.to(x.dtype), out)
 
     def rope(self, x: Tensor, cos_sin: CosSin, inverse: bool = False, *, out: Tensor | None = None) -> Tensor:
-        rows, heads = x.reshape(len(x), 1, -1, x.shape[-1]), x.shape[1:-1].numel()
+        heads = x.shape[1:-1].numel()
         sizes = {"heads": heads, "rotary": 2 * cos_sin[0].shape[1], "storage": x.dtype}
         provider = self.provider("rope", **sizes) if x.numel() else None
         if provider is None:
             return super().rope(x, cos_sin, inverse, out=out)
+        rows = x.reshape(len(x), 1, heads, x.shape[-1])
         cos, sin = (table.repeat_interleave(2, -1)[:, None, None] for table in cos_sin)  # [N, 1, 1, R]
         sin = -sin if inverse else sin
         kept = x.shape[-1] - cos.shape[-1]

@@ -1,4 +1,4 @@
-"""Weights in the arrangements that the operators read. Every change is exact, and undone by `restored`.
+"""Weights in the arrangements that the operators read. Every change is exact, and undone by `ordered`.
 
 FP8 with a power of two for 128 x 128 values becomes MXFP8: the same codes, the same powers for 1 x 32. MXFP4 stacks go
 into the fractal layout of the 950's grouped product, INT8 stands with its outputs along a row, INT4 is packed along the
@@ -7,7 +7,7 @@ outputs with what the 910s' grouped product must be given to correct for its spl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,27 +18,39 @@ from dsv4_hal.backends.ascend.widths import kept_format
 from dsv4_hal.formats import FORMATS, Weight, dequantize, pack_nibbles, unpack_nibbles
 
 ND, FRACTAL_NZ = 2, 29  # numbers of CANN's formats
-COLUMNS, OPERANDS = "columns", "operands"  # layouts
 
 
 @dataclass(frozen=True)
 class Arranged(Weight):
-    """A weight that is kept only as its operator reads it: `data` has its shape, and no memory.
+    """A weight as its operator reads it.
 
-    operands  int4_channel [E, N, K]: int32 [E, K, N / 8], eight codes an item along N, the first in the low bits;
-              int64 [E, 1, N], the bits of the float32 scales; float32 [E, N], 8 * sum over K of code * scale
-              mxfp4 [E, N, K]: uint8 [E, N, K / 2] in FRACTAL_NZ
+    int8_channel  `data` as ever, but column by column in memory
+    int4_channel  of a stack [E, N, K], `data` without memory; operands int32 [E, K, N / 8], eight codes an item along
+                  N, the first in the low bits; int64 [E, 1, N], the bits of the float32 scales; float32 [E, N], the sum
+                  over K of 8 * code * scale
+    mxfp4         of a stack [E, N, K], `data` without memory; one operand, uint8 [E, N, K / 2] in FRACTAL_NZ
     """
 
     operands: tuple[Tensor, ...] = ()
 
     @property
     def device(self) -> torch.device:
-        return self.operands[0].device
+        return self.operands[0].device if self.operands else self.data.device
+
+    def ordered(self) -> Weight:
+        if not self.operands:
+            data = self.data
+        elif self.format.name == "int4_channel":
+            packed = self.operands[0].contiguous().view(torch.int8)
+            data = pack_nibbles(unpack_nibbles(packed).mT.contiguous())
+        else:
+            data = runtime.load().npu_format_cast(self.operands[0], ND).view(torch.int8)
+        return Weight(data, self.scale, self.format, self.name)
 
 
 def arranged(w: Weight, soc: Soc, storage: torch.dtype) -> Weight:
-    """A checkpoint's weight as the operators of a SoC read it; as it is, where they read that, or none reads it."""
+    """A checkpoint's weight as the operators of a SoC read it; as it is, where they read that, or none reads it, and on
+    the meta device."""
     if w.data.is_meta or w.format.plain:
         return w
     if w.name.endswith("wo_a"):  # block_diagonal_linear: its values, rounded once
@@ -49,23 +61,12 @@ def arranged(w: Weight, soc: Soc, storage: torch.dtype) -> Weight:
     if w.format.name not in soc.formats:
         return w
     if w.format.name == "int8_channel":
-        return replace(w, data=w.data.mT.contiguous().mT, layout=COLUMNS)
+        return Arranged(w.data.mT.contiguous().mT, w.scale, w.format, w.name, "columns")
     if w.format.name == "int4_channel" and stack and rows % 8 == 0:
         return _int4(w)
     if w.format.name == "mxfp4" and stack and rows % 16 == 0 and columns % 64 == 0:
         return _mxfp4(w)
     return w
-
-
-def restored(w: Weight) -> Weight:
-    """The weight in the checkpoint's order, for torch's own ops."""
-    if not isinstance(w, Arranged):
-        return replace(w, layout="checkpoint")
-    if w.format.name == "int4_channel":
-        codes = unpack_nibbles(w.operands[0].contiguous().view(torch.int8)).mT.contiguous()
-        return Weight(pack_nibbles(codes), w.scale, w.format, w.name)
-    codes = runtime.load().npu_format_cast(w.operands[0], ND)
-    return Weight(codes.view(torch.int8), w.scale, w.format, w.name)
 
 
 def powers_of_two(w: Weight) -> bool:
@@ -127,4 +128,4 @@ def _mxfp4(w: Weight) -> Weight:
 
 def _bare(w: Weight, operands: tuple[Tensor, ...]) -> Weight:
     empty = torch.empty_like(w.data, device="meta")
-    return Arranged(empty, w.scale, w.format, w.name, OPERANDS, operands)
+    return Arranged(empty, w.scale, w.format, w.name, "operands", operands)

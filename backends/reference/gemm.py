@@ -56,15 +56,17 @@ class Gemm(ops.Gemm):
         """x as the product sees it: rounded in front of a quantised weight, widened to the accumulator."""
         if isinstance(x, QTensor):
             return formats.dequantize(x, self.numerics.accumulate)
-        fmt = self.numerics.activation
-        return (x if fmt is None or w.format.plain else formats.simulate(x, fmt)).to(self.numerics.accumulate)
+        fmt, wide = self.numerics.activation, self.numerics.accumulate
+        return x.to(wide) if fmt is None or w.format.plain else formats.simulate(x, fmt, wide)
 
 
 def in_order(w: Weight) -> Weight:
-    """The weight itself. ContractError if another backend has rearranged it: its bytes would be misread."""
-    if w.layout != "checkpoint":
-        raise ops.ContractError(f"{w.name or 'weight'} is arranged as {w.layout}, the reference reads checkpoint order")
-    return w
+    """The weight in the checkpoint's order. ContractError if another backend has rearranged it for good: it would be
+    misread."""
+    try:
+        return w.ordered()
+    except ValueError as error:
+        raise ops.ContractError(f"{error}, which the reference reads") from error
 
 
 def values(w: Weight, dtype: torch.dtype) -> Tensor:

@@ -88,7 +88,7 @@ class Naive(Backend):
         if isinstance(x, QTensor):
             return formats.dequantize(x, F64)
         rounding = self.numerics.activation if w.format.scale is not None else None
-        return (x if rounding is None else formats.simulate(x, rounding)).to(F64)
+        return x.to(F64) if rounding is None else formats.dequantize(formats.encode(x, rounding), F64)
 
     def _emit(self, y: Tensor, dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
         y = y.to(dtype or self.numerics.storage)

@@ -72,16 +72,17 @@ def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return _whole(blocks.mul_(scale), q.shape, q.format).to(dtype)
 
 
-def simulate(x: Tensor, fmt: Format) -> Tensor:
-    """Quantise and dequantise at the level of values; same dtype and shape as x [..., rows, columns].
+def simulate(x: Tensor, fmt: Format, dtype: torch.dtype | None = None) -> Tensor:
+    """Quantise and dequantise at the level of values; same shape as x [..., rows, columns], in `dtype` (default x's).
 
-    Bit for bit dequantize(quantize(x, fmt), x.dtype) where x is finite; a block with NaN or infinity becomes NaN. The
-    gradient is the identity (straight through). ValueError as in `quantize`, except that bytes need not be filled.
+    Bit for bit dequantize(quantize(x, fmt), dtype) where x is finite and `dtype` no wider than float32; a block with
+    NaN or infinity becomes NaN. The gradient is the identity (straight through). ValueError as in `quantize`, except
+    that bytes need not be filled.
     """
     _check(x, fmt)
     if x.requires_grad and torch.is_grad_enabled():
-        return _StraightThrough.apply(x, fmt)
-    return _simulate(x, fmt)
+        return _StraightThrough.apply(x, fmt, dtype or x.dtype)
+    return _simulate(x, fmt, dtype or x.dtype)
 
 
 def mxfp4_to_e4m3(q: Q) -> Q:
@@ -122,26 +123,26 @@ def mxfp4_to_e4m3(q: Q) -> Q:
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, fmt: Format) -> Tensor:
-        return _simulate(x, fmt)
+    def forward(x: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
+        return _simulate(x, fmt, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], None
+        return grads[0].to(ctx.dtype), None, None
 
 
-def _simulate(x: Tensor, fmt: Format) -> Tensor:
+def _simulate(x: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
     if fmt.plain:
-        return x.to(fmt.storage).to(x.dtype)
+        return x.to(fmt.storage).to(dtype)
     blocks, axes = _blocks(x, fmt)
     work = _work_dtype(x.dtype, fmt)
     scale = _scale(blocks, axes, fmt).to(work)
     values = ELEMENTS[fmt.element].round(blocks.to(work) / scale).mul_(scale)
-    return _whole(values, x.shape, fmt).to(x.dtype)
+    return _whole(values, x.shape, fmt).to(dtype)
 
 
 def _check(x: Tensor, fmt: Format) -> None:

@@ -162,6 +162,13 @@ class Weight(QTensor):
     name: str = ""
     layout: str = "checkpoint"
 
+    def ordered(self) -> Weight:
+        """The weight in the checkpoint's order. ValueError if it is arranged otherwise; a backend's own kind of weight
+        may know the way back."""
+        if self.layout != "checkpoint":
+            raise ValueError(f"{self.name or 'weight'} is arranged as {self.layout}, not in checkpoint order")
+        return self
+
     def to(self, device: torch.device | str) -> Weight:
         return replace(self, data=self.data.to(device), scale=None if self.scale is None else self.scale.to(device))
 
