@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,13 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsv4_hal import load_model
 from dsv4_hal.backends.ascend import Ascend, sharedkv
-from dsv4_hal.backends.ascend.devices import Soc
+from dsv4_hal.backends.ascend.devices import SOCS, Soc, emulated
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.batch import Batch
 from dsv4_hal.conformance import budget, compare, run_case, widen
 from dsv4_hal.dispatch import Resolved, resolve
 from dsv4_hal.formats import new_pool
+from dsv4_hal.model.checkpoint import init_checkpoint
+from dsv4_hal.model.config import find_config
 from dsv4_hal.numerics import numerics_for
 from dsv4_hal.ops import KV, OPS, Case
 
@@ -294,3 +298,46 @@ def test_another_profile_is_not_served(torch_npu: ModuleType, soc: Soc, kernel: 
     with Calls() as calls, pytest.warns(UserWarning, match="probabilities torch.float32"):
         agree(backend, case)
     assert kernel.name not in calls.count
+
+
+def test_a_model_of_the_published_widths(
+    torch_npu: ModuleType, soc: Soc, kernel: sharedkv.Kernel, tmp_path: Path
+) -> None:
+    """Four layers with heads of 512 channels and a window of 128: a prompt, then tokens one by one. Every token sees
+    all entries that there are, so that no pick hangs on a last bit."""
+    tiny = find_config("v4-tiny")[0]
+    widths = {"head_dim": 512, "sliding_window": 128, "index_topk": 512, "vocab_size": 256}
+    init_checkpoint(replace(tiny, **widths), tmp_path, "bfloat16")
+    tokens, logits = torch.arange(136)[None] * 7 % 256, []
+    for backend in ("ascend", "reference"):
+        model = load_model(tmp_path, backend, soc.mode)
+        cache = model.new_cache(1, 160, max_chunk=130)
+        with Calls() as calls, torch.inference_mode():
+            parts = [model(part, cache) for part in tokens.split([130, 3, 1, 1, 1], 1)]
+        assert calls.count[kernel.name] == (5 * 4 if backend == "ascend" else 0)
+        assert calls.count[f"{kernel.name}_metadata"] == (5 * 3 if backend == "ascend" else 0)
+        logits.append(torch.cat(parts, 1))
+    mine, theirs = logits
+    assert float((mine - theirs).norm() / theirs.norm()) < 2e-2
+
+
+@pytest.mark.skipif(emulated(), reason="explains what an assumed SoC would run, without torch_npu")
+@pytest.mark.parametrize(
+    ("model", "name", "served", "says"),
+    [
+        ("v4-flash", "ascend910_93", True, "npu_sparse_attn_sharedkv"),
+        ("v4-flash", "ascend950", True, "npu_kv_quant_sparse_attn_sharedkv"),
+        ("v4-pro", "ascend950", True, "npu_kv_quant_sparse_attn_sharedkv"),
+        ("v4-pro", "ascend910b", False, "picks 1024, where it takes at most 512"),
+        ("v4-tiny", "ascend950", False, "dim 128, where it takes 512; window 32, where it takes 128"),
+    ],
+)
+def test_models_that_the_operators_serve(
+    model: str, name: str, served: bool, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSV4_HAL_ASSUME", name)
+    backend = Ascend(numerics_for(SOCS[name].mode))
+    verdict = backend.supports("sparse_attention", vars(find_config(model)[0]))
+    assert bool(verdict) == served and says in verdict.reason
+    indexer = backend.supports("index_topk", {})
+    assert indexer and "equal scores" in indexer.reason
