@@ -5,7 +5,7 @@
 
 1. torch's dispatcher holds the call against the schema, the real one of torch_npu for `npu::`.
 2. The operator's own meta kernel is run on the shapes and dtypes; what it returns, the body must return.
-3. The rules of `rule_table` and `custom_rules` for the operator are asked, on what the meta kernels let through.
+3. The rules for the operator are asked, of `rule_table` or of its own, on what the meta kernels let through.
 4. The body, a function with the schema's argument names, is called with all arguments by name, defaults filled in.
 """
 
@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dsv4_hal.backends.ascend.devices import Soc
-from dsv4_hal.backends.ascend.emulator.custom_rules import RULES as CUSTOM
 from dsv4_hal.backends.ascend.emulator.rule_table import RULES
-from dsv4_hal.backends.ascend.emulator.rules import Call, Refused, broken
+from dsv4_hal.backends.ascend.emulator.rules import Call, Refused, Rule, broken
 
 Body = Callable[..., Any]
 
@@ -50,12 +49,14 @@ class Op:
     body    computes it
     schema  arguments and results, for operators that torch_npu does not bring; "" where it does
     meta    None: the meta kernel is asked, and the result is what it says
+    rules   of an operator that torch_npu does not bring, beside its body; the others stand in `rule_table`
     """
 
     name: str
     body: Body
     schema: str = ""
     meta: Meta | None = None
+    rules: tuple[Rule, ...] = ()
 
     @property
     def overload(self) -> Any:
@@ -77,7 +78,9 @@ class _State:
 _STATE = _State()
 
 
-def emulated(name: str, *, schema: str = "", meta: Meta | None = None) -> Callable[[Body], Body]:
+def emulated(
+    name: str, *, schema: str = "", meta: Meta | None = None, rules: tuple[Rule, ...] = ()
+) -> Callable[[Body], Body]:
     """Declare the decorated function as the emulation of `name`. ValueError for a name that is declared already."""
 
     def declare(body: Body) -> Body:
@@ -85,7 +88,7 @@ def emulated(name: str, *, schema: str = "", meta: Meta | None = None) -> Callab
             raise ValueError(f"{name} is declared twice: by {OPS[name].body.__module__} and {body.__module__}")
         if (meta is None or meta.asked) and schema:
             raise ValueError(f"{name} has no meta kernel: say so with meta=NO_META")
-        OPS[name] = Op(name, body, schema, meta)
+        OPS[name] = Op(name, body, schema, meta, rules)
         return body
 
     return declare
@@ -140,7 +143,7 @@ def _called(op: Op, *args: Any, **kwargs: Any) -> Any:
     overload = op.overload
     arguments = _bound(overload._schema, args, kwargs)
     expected = _from_meta(op, overload, arguments)
-    for rule, said in broken((*RULES, *CUSTOM), Call(op.name, _STATE.soc.name, arguments)):
+    for rule, said in broken((*RULES, *op.rules), Call(op.name, _STATE.soc.name, arguments)):
         raise Refused(op.name, f"{said} ({rule.source})", rule)
     made = op.body(**arguments)
     wrong = _difference(op, made, expected)

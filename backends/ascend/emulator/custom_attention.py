@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_hal.backends.ascend.emulator import custom_rules
 from dsv4_hal.backends.ascend.emulator.call import NO_META, emulated
 from dsv4_hal.backends.ascend.emulator.schedule import attention_asked, schedule
 
@@ -35,6 +36,7 @@ Rows = Callable[[int, Tensor], Tensor]
     'int ori_win_right=0, str layout_q="BSND", str layout_kv="PA_ND", bool return_softmax_lse=False) '
     "-> (Tensor out, Tensor softmax_lse)",
     meta=NO_META,
+    rules=custom_rules.of("_C_ascend::npu_sparse_attn_sharedkv"),
 )
 def npu_sparse_attn_sharedkv(**given: Any) -> tuple[Tensor, Tensor]:
     """Rows [blocks, rows, 1, 512] of the query's dtype."""
@@ -51,6 +53,7 @@ def npu_sparse_attn_sharedkv(**given: Any) -> tuple[Tensor, Tensor]:
     "int ori_mask_mode=4, int cmp_mask_mode=3, int ori_win_left=127, int ori_win_right=0, str layout_q='BSND', "
     "str layout_kv='PA_ND', bool return_softmax_lse=False) -> (Tensor out, Tensor softmax_lse)",
     meta=NO_META,
+    rules=custom_rules.of("_C_ascend::npu_kv_quant_sparse_attn_sharedkv"),
 )
 def npu_kv_quant_sparse_attn_sharedkv(**given: Any) -> tuple[Tensor, Tensor]:
     """Rows [blocks, rows, 1, 640] float8_e4m3fn: 64 bfloat16, 448 e4m3, 7 e8m0, padding."""
@@ -66,6 +69,7 @@ def npu_kv_quant_sparse_attn_sharedkv(**given: Any) -> tuple[Tensor, Tensor]:
     'int ori_win_right=0, str layout_q="BSND", str layout_kv="PA_ND", bool has_ori_kv=True, bool has_cmp_kv=True, '
     'str device="npu") -> (Tensor metadata)',
     meta=NO_META,
+    rules=custom_rules.of("_C_ascend::npu_sparse_attn_sharedkv_metadata"),
 )
 def npu_sparse_attn_sharedkv_metadata(**given: Any) -> Tensor:
     return schedule(attention_asked(given))
@@ -80,6 +84,7 @@ def npu_sparse_attn_sharedkv_metadata(**given: Any) -> Tensor:
     "int cmp_mask_mode=3, int ori_win_left=127, int ori_win_right=0, str layout_q='BSND', str layout_kv='PA_ND', "
     "bool has_ori_kv=True, bool has_cmp_kv=True, str device='npu') -> Tensor",
     meta=NO_META,
+    rules=custom_rules.of("_C_ascend::npu_kv_quant_sparse_attn_sharedkv_metadata"),
 )
 def npu_kv_quant_sparse_attn_sharedkv_metadata(**given: Any) -> Tensor:
     return schedule(attention_asked(given))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_hal.backends.ascend.emulator import custom_rules
 from dsv4_hal.backends.ascend.emulator.call import NO_META, emulated
 
 ROPE = 64  # channels at the end of a row that are copied as they are
@@ -24,6 +25,7 @@ _INVERSE = 0x3B124925  # 1 / 448 as the kernels hold it, in the bits of a float3
     "_C_ascend::npu_scatter_nd_update_v2",
     schema="(Tensor(a!) var, Tensor indices, Tensor update) -> ()",
     meta=NO_META,
+    rules=custom_rules.of("_C_ascend::npu_scatter_nd_update_v2"),
 )
 def npu_scatter_nd_update_v2(var: Tensor, indices: Tensor, update: Tensor) -> None:
     """var[indices] = update, indices [N, a] over the first a dimensions of var."""
@@ -35,6 +37,7 @@ def npu_scatter_nd_update_v2(var: Tensor, indices: Tensor, update: Tensor) -> No
     schema="(Tensor(a!) kv_compress_cache, Tensor x, Tensor slot_mapping, int quant_group_size, int quant_mode, "
     "bool round_scale_flag, int layout) -> ()",
     meta=NO_META,
+    rules=custom_rules.of("_C_ascend::kv_compress_epilog"),
 )
 def kv_compress_epilog(
     kv_compress_cache: Tensor, x: Tensor, slot_mapping: Tensor, quant_group_size: int, **_: Any
@@ -61,6 +64,7 @@ def kv_compress_epilog(
     "_C_ascend::indexer_compress_epilog_v2",
     schema="(Tensor(a!) indexer_compress_cache, Tensor x, Tensor slot_mapping, int layout=2) -> ()",
     meta=NO_META,
+    rules=custom_rules.of("_C_ascend::indexer_compress_epilog_v2"),
 )
 def indexer_compress_epilog_v2(indexer_compress_cache: Tensor, x: Tensor, slot_mapping: Tensor, **_: Any) -> None:
     """Rows [N, d] into slots of blocks [blocks, rows, 1, d + 4] bytes: e4m3 of every row, then a float32 scale of every

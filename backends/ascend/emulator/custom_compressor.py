@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_hal.backends.ascend.emulator import custom_rules
 from dsv4_hal.backends.ascend.emulator.call import NO_META, emulated
 
 
@@ -22,6 +23,7 @@ from dsv4_hal.backends.ascend.emulator.call import NO_META, emulated
     "Tensor? start_pos, int rope_head_dim, int cmp_ratio, int coff, float norm_eps, int rotary_mode, int cache_mode) "
     "-> Tensor",
     meta=NO_META,
+    rules=custom_rules.of("_C_ascend::compressor"),
 )
 def compressor(**given: Any) -> Tensor:
     """x [T, H] -> entries [min(T, T // ratio + B), D], those of one sequence after another; what is behind them holds

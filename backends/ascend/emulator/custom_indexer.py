@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_hal.backends.ascend.emulator import custom_rules
 from dsv4_hal.backends.ascend.emulator.call import NO_META, emulated
 from dsv4_hal.backends.ascend.emulator.schedule import picks_asked, schedule
 
@@ -28,6 +29,7 @@ _FOREVER = 9223372036854775807
     f"int pre_tokens={_FOREVER}, int next_tokens={_FOREVER}, int cmp_ratio=1, bool return_value=False) "
     "-> (Tensor sparse_indices, Tensor sparse_values)",
     meta=NO_META,
+    rules=custom_rules.of("_C_ascend::npu_vllm_quant_lightning_indexer"),
 )
 def npu_vllm_quant_lightning_indexer(**given: Any) -> tuple[Tensor, Tensor]:
     """Query [T, 64, 128] -> int32 [T, 1, sparse_count], best first, -1 from where nothing is left.
@@ -67,6 +69,7 @@ def npu_vllm_quant_lightning_indexer(**given: Any) -> tuple[Tensor, Tensor]:
     f"int sparse_count=2048, int sparse_mode=3, int pre_tokens={_FOREVER}, int next_tokens={_FOREVER}, "
     'int cmp_ratio=1, str device="npu") -> (Tensor metadata)',
     meta=NO_META,
+    rules=custom_rules.of("_C_ascend::npu_vllm_quant_lightning_indexer_metadata"),
 )
 def npu_vllm_quant_lightning_indexer_metadata(**given: Any) -> Tensor:
     return schedule(picks_asked(given))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsv4_hal.backends.ascend.emulator.rules import (
     Call,
+    Rule,
     absent,
     between,
     dtype,
@@ -409,3 +410,8 @@ RULES = (
     ),
     *rules("_C_ascend::compressor", "vllm_ascend/attention/dsa_v1.py", (value, "cache_mode", 1)),
 )
+
+
+def of(op: str) -> tuple[Rule, ...]:
+    """The rules of one operator."""
+    return tuple(rule for rule in RULES if rule.op == op)

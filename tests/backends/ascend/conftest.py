@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 
 from dsv4_hal.backends.ascend.devices import SOCS, Soc, assumed, emulated
+from dsv4_hal.backends.ascend.emulator.rules import Refused
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +25,21 @@ def torch_npu(soc: Soc) -> ModuleType:
     from dsv4_hal.backends.ascend.emulator.load import load
 
     return load(soc)
+
+
+@pytest.fixture(scope="session")
+def layer() -> Callable[[pytest.ExceptionInfo[BaseException]], str]:
+    """What refused a call: its "schema", its "meta" kernel or a "rule". An error of the emulator is none of them."""
+
+    def found(error: pytest.ExceptionInfo[BaseException]) -> str:
+        if isinstance(error.value, Refused):
+            return "meta" if error.value.rule is None else "rule"
+        inside = [
+            entry
+            for entry in error.traceback
+            if "ascend/emulator/" in str(entry.path) and "tests" not in str(entry.path)
+        ]
+        assert not inside, f"not refused, but failed in {inside[-1].path}: {error.value}"
+        return "schema"
+
+    return found

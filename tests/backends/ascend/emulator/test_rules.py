@@ -497,9 +497,12 @@ def test_good_calls_pass(torch_npu: ModuleType, soc: Soc, label: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=name_of)
-def test_wrong_calls_are_refused(torch_npu: ModuleType, soc: Soc, rule: Rule) -> None:
+def test_wrong_calls_are_refused(
+    torch_npu: ModuleType, soc: Soc, layer: Callable[[pytest.ExceptionInfo[BaseException]], str], rule: Rule
+) -> None:
     """By the schema, the meta kernel, or a rule: whichever comes first."""
     for label, wrong in wrong_calls(rule):
         if wrong.soc == soc.name:
-            with pytest.raises((Refused, RuntimeError, TypeError)):
+            with pytest.raises((Refused, RuntimeError, TypeError)) as error:
                 run(torch_npu, label, dict(wrong.arguments))
+            layer(error)
