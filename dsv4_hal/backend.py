@@ -82,7 +82,7 @@ class Backend(Ops):
     automatic: ClassVar[bool] = True
     affords: ClassVar[str] = "full"
     differentiable: ClassVar[bool] = True
-    collectives: ClassVar[str] = "gloo"
+    collectives: str = "gloo"
     adopts: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:

@@ -50,8 +50,8 @@ class Ascend(Attention, Cache, Gemm, Moe, HyperConnection, NormRope):
 
     name = "ascend"
     device_type = "npu"
-    differentiable = False
     collectives = "hccl"
+    differentiable = False
 
     def __init__(self, numerics: Numerics, device: torch.device | str | None = None) -> None:
         try:
@@ -72,6 +72,7 @@ class Ascend(Attention, Cache, Gemm, Moe, HyperConnection, NormRope):
         if self.device.type != where:
             raise BackendError(f"backend ascend: its operators are {_HOW[where]}; device {device} cannot be used")
         self.soc = soc
+        self.collectives = "hccl" if where == "npu" else "gloo"
         known = operators(TABLE, soc) if where != "meta" else ()
         missing = {name: why for name in known if (why := runtime.missing(name))}
         ops = dict.fromkeys(p.op for p in TABLE)

@@ -28,7 +28,7 @@ class Base(Reference):
             self._chosen[key] = self.choices[op].for_call(sizes)
         found = self._chosen[key]
         if found is None:
-            own_ops(op, self.choices[op].why_not(sizes))
+            own_ops(op, "; ".join(self.choices[op].misfits(sizes)) or "no operator for it can be used here")
         return found
 
     def uses(self, op: str, call: str, **sizes: Any) -> bool:
@@ -61,4 +61,4 @@ class Base(Reference):
 
 def own_ops(op: str, why: str) -> None:
     """Say, once, that torch's own ops compute a call on the device, and why."""
-    warnings.warn(f"ascend: {op} runs on torch's own ops: {why}", stacklevel=4)
+    warnings.warn(f"ascend: {op} runs on torch's own ops here: {why}", stacklevel=4)

@@ -239,7 +239,9 @@ class Gemm(Base):
         if isinstance(x, QTensor):
             return x
         npu, blocks = runtime.load(), -(-x.shape[-1] // 32)
-        codes, scales = npu.npu_dynamic_mx_quant(x, dst_type=npu.float8_e4m3fn, scale_alg=1, max_low_bound=MXFP8.floor)
+        codes, scales = npu.npu_dynamic_mx_quant(
+            x.contiguous(), dst_type=npu.float8_e4m3fn, scale_alg=1, max_low_bound=MXFP8.floor
+        )
         used = scales.flatten(-2)[..., :blocks].contiguous()  # it fills them up to an even number
         return QTensor(codes, used.view(torch.float8_e8m0fnu), MXFP8)
 

@@ -82,7 +82,7 @@ class Provider:
     def misfits(self, sizes: Mapping[str, Any]) -> str:
         """Why it does not take a call of these sizes; "" if it does. A size that is not given is not looked at."""
         wrong = [
-            f"{name.replace('_', ' ')} {sizes[name]}, where it takes {limit}"
+            f"{name.replace('_', ' ')} {sizes[name]}, not {limit}"
             for name, limit in self.limits.items()
             if name in sizes and not limit.allows(sizes[name])
         ]
@@ -99,12 +99,13 @@ class Choice:
     def for_call(self, sizes: Mapping[str, Any]) -> Provider | None:
         return next((p for p in self.used if not p.misfits(sizes)), None)
 
+    def misfits(self, sizes: Mapping[str, Any]) -> list[str]:
+        """Why each of those that are used does not take a call of these sizes."""
+        return [f"{p.name}: {why}" for p in self.used if (why := p.misfits(sizes))]
+
     def why_not(self, sizes: Mapping[str, Any]) -> str:
         """Why nothing takes a call of these sizes."""
-        reasons = [f"{p.name}: {why}" for p, why in self.passed] + [
-            f"{p.name}: {why}" for p in self.used if (why := p.misfits(sizes))
-        ]
-        return "; ".join(reasons)
+        return "; ".join([f"{p.name}: {why}" for p, why in self.passed] + self.misfits(sizes))
 
 
 def choose(table: Sequence[Provider], op: str, soc: Soc, missing: Mapping[str, str]) -> Choice:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv4_hal.backends.ascend.emulator.call import NO_META, emulated
+from dsv4_hal.backends.ascend.emulator.stream_rules import RULES
 
 
 @emulated(
@@ -18,6 +19,7 @@ from dsv4_hal.backends.ascend.emulator.call import NO_META, emulated
     schema="(Tensor x, Tensor hc_fn, Tensor hc_scale, Tensor hc_base, int hc_mult, int hc_sinkhorn_iters, "
     "float norm_eps, float hc_eps) -> (Tensor out0, Tensor out1, Tensor out2)",
     meta=NO_META,
+    rules=RULES,
 )
 def npu_hc_pre_v2(
     x: Tensor,
@@ -50,6 +52,7 @@ def npu_hc_pre_v2(
     "_C_ascend::npu_hc_post",
     schema="(Tensor x, Tensor residual, Tensor post, Tensor comb) -> (Tensor out)",
     meta=NO_META,
+    rules=RULES,
 )
 def npu_hc_post(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """out[b, s, k] = post[b, s, k] x[b, s] + sum over j of comb[b, s, j, k] residual[b, s, j], in residual's dtype."""
@@ -62,6 +65,7 @@ def npu_hc_post(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor) -> Tens
     "_C_ascend::inplace_partial_rotary_mul",
     schema="(Tensor(a!) x, Tensor r1, Tensor r2, str rotary_mode, int[] partial_slice) -> ()",
     meta=NO_META,
+    rules=RULES,
 )
 def inplace_partial_rotary_mul(x: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str, partial_slice: list[int]) -> None:
     """Turns channels partial_slice[0] .. partial_slice[1] - 1 of x [B, S, N, D] in pairs (2i, 2i + 1): a pair (a, b)
