@@ -103,6 +103,11 @@ class Backend(Ops):
         return Verdict(True, "always available")
 
     @classmethod
+    def deployed(cls) -> str:
+        """The mode that serves a model on its devices here, where the user names none."""
+        return "deployed"
+
+    @classmethod
     def environment(cls) -> dict[str, str]:
         """What a bug report should say about its devices, drivers and libraries. Called only where it is available.
 

@@ -102,7 +102,8 @@ def numerics_for(mode: str, dtype: torch.dtype | None = None) -> Numerics:
         return exact(dtype or torch.float32)
     found = deployed() if mode == "deployed" else _load(mode)
     if dtype not in (None, found.storage):
-        raise ValueError(f"mode {mode} stores activations in {found.storage}; dtype={dtype} only goes with mode exact")
+        stored, given = (str(one).removeprefix("torch.") for one in (found.storage, dtype))
+        raise ValueError(f"mode {mode} stores activations in {stored}; dtype {given} only goes with mode exact")
     return found
 
 

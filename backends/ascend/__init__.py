@@ -93,6 +93,13 @@ class Ascend(Gemm, Moe, HyperConnection, NormRope):
         return Verdict(True, f"{found.reason}, {here.title}")
 
     @classmethod
+    def deployed(cls) -> str:
+        try:
+            return (assumed() or runtime.present()).mode
+        except ValueError:  # no SoC to ask: using the backend says why
+            return super().deployed()
+
+    @classmethod
     def environment(cls) -> dict[str, str]:
         found = {name: number for name in ("torch_npu", "vllm_ascend") if (number := _version(name))}
         if emulated():

@@ -22,7 +22,7 @@ from dsv4_hal.backend import BackendError
 from dsv4_hal.config import PREFIX, Loaded, Run, load_run
 from dsv4_hal.dispatch import Resolved
 from dsv4_hal.numerics import Numerics, numerics_for
-from dsv4_hal.registry import FALLBACK, list_backends
+from dsv4_hal.registry import FALLBACK, backend_class, list_backends
 
 if TYPE_CHECKING:
     from dsv4_hal.model.config import ModelConfig
@@ -101,8 +101,15 @@ def placed(loaded: Loaded) -> Iterator[None]:
         raise
 
 
-def numerics_of(run: Run) -> Numerics:
-    return numerics_for(run.mode, None if run.dtype is None else getattr(torch, run.dtype))
+def mode_of(loaded: Loaded) -> str:
+    """The run's mode; where nobody chose one, that of its first backend."""
+    first = loaded.run.backend[0]
+    return loaded.run.mode if "mode" in loaded.places or first == "auto" else backend_class(first).deployed()
+
+
+def numerics_of(loaded: Loaded) -> Numerics:
+    dtype = loaded.run.dtype
+    return numerics_for(mode_of(loaded), None if dtype is None else getattr(torch, dtype))
 
 
 def model_of(run: Run) -> str:
@@ -145,10 +152,10 @@ def load(loaded: Loaded) -> Model:
         model = dsv4_hal.load_model(
             model_of(run),
             run.backend,
-            run.mode,
+            mode_of(loaded),
             ops=run.ops,
             device=run.device,
-            dtype=numerics_of(run).storage if run.dtype else None,
+            dtype=numerics_of(loaded).storage if run.dtype else None,
             shared_expert_clamp=run.shared_expert_clamp,
             strict=run.strict,
             progress=progress,

@@ -26,15 +26,17 @@ def backends(as_json: Json = False) -> None:
         typer.echo(json.dumps([vars(info) for info in found], indent=2))
         return
     table = Table()
-    table.add_column("backend", no_wrap=True)
-    for title in ("usable", "reason", "to install", "registered by"):
+    for title in ("backend", "usable"):
+        table.add_column(title, no_wrap=True)
+    for title in ("why", "registered by"):
         table.add_column(title, overflow="fold")
     for info in found:
         usable = "[green]yes[/]" if info.available else "[red]no[/]"
         if info.available and not info.automatic:
             usable += ", by name"
         by = info.package or info.source
-        table.add_row(escape(info.name), usable, *map(escape, (info.reason, info.remedy, by)))
+        why = "\n".join(filter(None, (info.reason, info.remedy and f"to use it: {info.remedy}")))
+        table.add_row(escape(info.name), usable, escape(why), escape(by))
     common.console().print(table)
 
 
@@ -72,17 +74,15 @@ def explain(
     run = loaded.run
     facts = {} if run.model is None else vars(find_config(run.model)[0])
     with common.placed(loaded):
-        ops = select(run.backend, common.numerics_of(run), facts, prefer=run.ops, device=run.device)
+        ops = select(run.backend, common.numerics_of(loaded), facts, prefer=run.ops, device=run.device)
     others = [info for info in list_backends() if info.name not in _involved(ops)]
     refused = [r.fallback for r in ops.resolutions if r.fallback]
     if as_json:
-        typer.echo(
-            json.dumps(_report(ops, run.model, run.mode, run.assume, others, refused if run.strict else None), indent=2)
-        )
+        typer.echo(json.dumps(_report(ops, run.model, run.assume, others, refused if run.strict else None), indent=2))
     else:
         console = common.console()
         console.print(_table(ops))
-        console.print(escape(_summary(ops, run.model, run.mode, run.assume)), soft_wrap=True)
+        console.print(escape(_summary(ops, run.model, run.assume)), soft_wrap=True)
         for name, why in _passed_over(ops, others).items():
             console.print(escape(f"passed over: {name} ({why})"), soft_wrap=True)
     if run.strict and refused:
@@ -91,21 +91,23 @@ def explain(
 
 def _table(ops: Resolved) -> Table:
     table = Table()
-    for title in ("op", "family", "runs as", "on"):
+    for title in ("op", "runs as", "on"):
         table.add_column(title, no_wrap=True)
     table.add_column("why", overflow="fold")
     color = {"native": "green", "composite": "cyan", "inherited": "green", "reference": "yellow"}
-    for r in ops.resolutions:
+    for i, r in enumerate(ops.resolutions):
+        if i and OPS[r.op].family != OPS[ops.resolutions[i - 1].op].family:
+            table.add_section()
         why = "\n".join(filter(None, [*(f"not {name}: {said}" for name, said in r.rejected), r.adopted, r.reason]))
         runs = f"[{color[r.runs_as]}]{r.runs_as}[/]"
-        table.add_row(r.op, OPS[r.op].family, runs, escape(r.backend) or "its parts", escape(why))
+        table.add_row(r.op, runs, escape(r.backend) or "its parts", escape(why))
     return table
 
 
-def _summary(ops: Resolved, model: str | None, mode: str, assume: str | None) -> str:
+def _summary(ops: Resolved, model: str | None, assume: str | None) -> str:
     about = f"for {model}" if model else "for no model in particular (--model names one: its widths may be refused)"
     where = f"{ops.device}, taken for {assume}" if assume else str(ops.device)
-    return f"{ops.primary.name} on {where}, {mode}, {about}: {common.kinds(ops)}"
+    return f"{ops.primary.name} on {where}, {ops.numerics.mode}, {about}: {common.kinds(ops)}"
 
 
 def _involved(ops: Resolved) -> set[str]:
@@ -124,13 +126,13 @@ def _passed_over(ops: Resolved, others: list[BackendInfo]) -> Mapping[str, str]:
 
 
 def _report(
-    ops: Resolved, model: str | None, mode: str, assume: str | None, others: list[BackendInfo], strict: list[str] | None
+    ops: Resolved, model: str | None, assume: str | None, others: list[BackendInfo], strict: list[str] | None
 ) -> dict[str, Any]:
     return {
         "backend": ops.primary.name,
         "device": str(ops.device),
         "assumed": assume,
-        "mode": mode,
+        "mode": ops.numerics.mode,
         "model": model,
         "counts": {kind: sum(r.runs_as == kind for r in ops.resolutions) for kind in common.KINDS},
         "ops": [_row(r) for r in ops.resolutions],

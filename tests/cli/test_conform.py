@@ -208,7 +208,11 @@ def test_mutants(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
         (("--grad", "-o", "quantize"), 2, "no case of quantize has gradients"),
         (("--grad", "-p", "plan[ratio=4]"), 2, "no case of plan has just the parameters ratio"),
         (("--generate", "3", "--list"), 2, "it does not go with -p, --grad or --list"),
-        (("-p", "hadamard[tokens=3,heads=1,width=64]@fast"), 2, "a case runs in mode exact, deployed or exact.grad"),
+        (
+            ("-p", "hadamard[tokens=3,heads=1,width=64]@fast"),
+            2,
+            "a case runs in mode exact, deployed, a3, a5, deepgemm or exact.grad",
+        ),
         (("-p", "hadamard[tokens=3,heads=1,width=3]"), 2, "cannot be run: ContractError: hadamard: width must be"),
         (
             ("-o", "rope", "-p", "hadamard[tokens=3,heads=1,width=64]"),
