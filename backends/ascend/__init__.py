@@ -15,7 +15,9 @@ from types import MappingProxyType
 import torch
 
 from dsv4_hal.backend import BackendError, Verdict
-from dsv4_hal.backends.ascend import gemm, hyper_connection, moe, norm_rope, runtime
+from dsv4_hal.backends.ascend import attention, cache, gemm, hyper_connection, moe, norm_rope, runtime
+from dsv4_hal.backends.ascend.attention import Attention
+from dsv4_hal.backends.ascend.cache import Cache
 from dsv4_hal.backends.ascend.devices import DEFAULT, SOCS, Soc, assumed, emulated
 from dsv4_hal.backends.ascend.gemm import Gemm
 from dsv4_hal.backends.ascend.hyper_connection import HyperConnection
@@ -24,7 +26,14 @@ from dsv4_hal.backends.ascend.norm_rope import NormRope
 from dsv4_hal.backends.ascend.providers import choose, operators
 from dsv4_hal.numerics import Numerics
 
-TABLE = (*gemm.PROVIDERS, *norm_rope.PROVIDERS, *moe.PROVIDERS, *hyper_connection.PROVIDERS)
+TABLE = (
+    *gemm.PROVIDERS,
+    *norm_rope.PROVIDERS,
+    *cache.PROVIDERS,
+    *attention.PROVIDERS,
+    *moe.PROVIDERS,
+    *hyper_connection.PROVIDERS,
+)
 
 _ADOPTED = {
     **dict.fromkeys(("embedding", "kv_load", "state_new", "state_copy", "state_reset"), "torch's own copy, on the NPU"),
@@ -34,7 +43,7 @@ _ADOPTED = {
 }
 
 
-class Ascend(Gemm, Moe, HyperConnection, NormRope):
+class Ascend(Attention, Cache, Gemm, Moe, HyperConnection, NormRope):
     """soc  the generation that operators are chosen for: the device's own, an assumed one, or the one that is emulated.
     Emulated operators compute on the CPU; of an assumed SoC that is not this machine's there are shapes on the meta
     device: enough to explain what would run."""

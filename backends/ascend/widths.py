@@ -89,12 +89,20 @@ def _rotary(facts: Facts, soc: Soc) -> Iterator[Sizes]:
         yield {"heads": heads, "rotary": facts["qk_rope_head_dim"]}
 
 
+def _attention(facts: Facts, soc: Soc) -> Iterator[Sizes]:
+    sizes = {"dim": facts["head_dim"], "window": facts["sliding_window"], "lse": False}
+    for ratio in sorted(set(facts["compress_ratios"])):
+        yield sizes | {"ratio": max(1, ratio)}
+    yield sizes | {"picks": facts["index_topk"]}
+
+
 _CALLS: Mapping[str, Callable[[Facts, Soc], Iterator[Sizes]]] = MappingProxyType(
     {
         "linear": _linear,
         "grouped_linear": _experts,
         "block_diagonal_linear": _groups,
         "rope": _rotary,
+        "sparse_attention": _attention,
         "hc_pre": _streams,
         "hc_post": _streams,
         "permute": lambda facts, soc: iter([{"experts": facts["n_routed_experts"]}]),

@@ -200,6 +200,15 @@ def views(pool: Tensor, layout: RowLayout, rows: int) -> dict[str, Tensor]:
     }
 
 
+def regions(pool: Tensor, layout: RowLayout, rows: int) -> tuple[Tensor, ...]:
+    """The regions of a pool, uint8 [blocks, rows, bytes] each: views, writing to them writes the pool.
+
+    ValueError as for `views`.
+    """
+    _check_pool(pool, layout, rows)
+    return tuple(_region(pool, layout, rows, i) for i in range(len(layout.region_bytes)))
+
+
 def store(pool: Tensor, layout: RowLayout, rows: int, index: Tensor, values: Tensor) -> None:
     """Round `values` [N, dim] and write them to physical rows `index` [N] int64; padding bytes stay as they are.
 

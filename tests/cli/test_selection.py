@@ -122,7 +122,7 @@ def test_a_run_with_a_third_party_backend(tool: Tool, checkpoint: Path) -> None:
         (
             ("--backend", "refrence"),
             3,
-            "--backend: backend: no backend is called 'refrence'; registered: ascend, cuda, cuda-vendor, null,",
+            "--backend: backend: no backend is called 'refrence'; registered: ascend, cuda, cuda-vendor, null, reference",
         ),
         (("--backend", "reference,nope"), 3, "no backend is called 'nope'"),
         (("--model", "v4-flsh"), 2, "did you mean v4-flash?"),

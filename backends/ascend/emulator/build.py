@@ -20,7 +20,7 @@ from pathlib import Path
 STUB = Path(__file__).with_name("stub.c")
 LIBRARIES = ("ascendcl", "acl_op_compiler", "hccl", "ge_runner", "graph", "acl_tdt_channel")  # in the order of loading
 CANN = re.compile(r"(acl|rt[A-Z]|Msprof|Hccl)\w*")  # how the names of CANN's functions begin
-FLAGS = ("-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
+FLAGS = ("-O1", "-Wall", "-Wextra", "-Werror", "-fPIC")
 
 
 class BuildError(RuntimeError):
@@ -84,10 +84,12 @@ def _compile(folder: Path, linked: set[str]) -> None:
     own = {line.split()[-1] for line in _run("nm", "--defined-only", written).splitlines()}
     rest = folder / "rest.c"
     rest.write_text("".join(f"long {name}(void) {{ return 0; }}\n" for name in sorted(linked - own)), encoding="utf-8")
+    returning = folder / "rest.o"
+    _run("gcc", *FLAGS, "-c", "-o", returning, rest)
     for library in LIBRARIES:
-        # Symbols are looked up per library too, so that all of them have all.
+        # Some functions are looked up in one library by its name: all of them have all.
         target = f"lib{library}.so"
-        _run("gcc", *FLAGS, f"-Wl,-soname,{target}", "-o", folder / target, written, rest)
+        _run("gcc", "-shared", f"-Wl,-soname,{target}", "-o", folder / target, written, returning)
 
 
 def _run(tool: str, *arguments: str | os.PathLike[str]) -> str:

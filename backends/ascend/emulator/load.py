@@ -24,14 +24,18 @@ DEVICE: Mapping[str, str] = MappingProxyType(  # SoC -> what its runtime would c
 )
 FAMILIES = (  # files of operators
     "activation",
+    "custom_attention",
+    "custom_cache",
+    "custom_compressor",
+    "custom_experts",
+    "custom_indexer",
+    "custom_streams",
     "matmul",
     "norm_rope",
     "quantize",
     "routing",
     "storage",
     "streams",
-    "custom_streams",
-    "custom_experts",
 )
 
 

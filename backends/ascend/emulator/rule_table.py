@@ -36,6 +36,7 @@ from dsv4_hal.backends.ascend.emulator.rules import (
     size,
     soc,
     tail,
+    turned_alike,
     value,
     within,
 )
@@ -155,6 +156,7 @@ QUANT_MATMUL = (
         (size, "pertoken_scale", -1, 2),
         (same_size, "scale", -2, "x2", -1),
         (same_size, "pertoken_scale", -3, "x1", -2),
+        (turned_alike, "scale", "x2"),
         (code, "output_dtype", FP16, BF16, FP32),
         when=_IS_MX,
     ),
@@ -338,6 +340,7 @@ GROUPED_MATMUL = (
         (size, "per_token_scale", -1, 2),
         (blocks, "scale", 1, "x", -1, 64),
         (same_size, "scale", 2, "weight", -1),
+        (turned_alike, "scale", "weight"),
         (blocks, "per_token_scale", 1, "x", -1, 64),
         (same_size, "per_token_scale", 0, "x", 0),
         (absent, "bias"),

@@ -200,6 +200,15 @@ def is_transposed(call: Call, name: str) -> str:
     return "" if all(transposed(t) for t in call.tensors(name)) else f"{name} must be a transposed view"
 
 
+def turned_alike(call: Call, name: str, matrix: str) -> str:
+    """Scales in pairs [.., K / 64, N, 2] lie in memory as their matrix [.., K, N] does: both turned, or neither."""
+    for scale, of in zip(call.tensors(name), call.tensors(matrix), strict=True):
+        told = scale.dim() > 2 and 1 not in (*scale.shape[-3:-1], *of.shape[-2:])  # with one row nobody can tell
+        if told and transposed(of) != (scale.stride(-3) < scale.stride(-2)):
+            return f"{name} must be {'' if transposed(of) else 'no '}transposed view, as {matrix} is"
+    return ""
+
+
 def is_plain(call: Call, name: str) -> str:
     """A matrix lies in memory row by row."""
     return "" if all(t.is_contiguous() for t in call.tensors(name)) else f"{name} must not be transposed"

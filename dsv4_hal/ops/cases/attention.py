@@ -144,6 +144,11 @@ def sparse_attention() -> Cases:
         ("decode", {"entries": "hca", "reused": True}),
     ):
         yield case("sparse_attention", _attention, size_of(ragged), ragged=ragged, **changes)
+    for entries in ("none", "csa", "picks", "hca"):  # as models ask: the published window, and no lse
+        given = {"entries": entries, "window": 128, "lse": False}
+        yield case("sparse_attention", _attention, "quick", ragged="decode", **given)
+        yield case("sparse_attention", _attention, "quick", ragged="few_packed", **given)
+        yield case("sparse_attention", _attention, "quick", ragged="1at130.20at0.3at125.p2", **given, heads=64)
     for strides in ("one", "row"):
         yield case("sparse_attention", _attention_loose, ragged="few", entries="picks", small=True, strides=strides)
     for heads, k, ragged in ((64, 512, "3at2303.1at1000"), (128, 1024, "1at5000"), (128, 1024, "60at30.p2")):

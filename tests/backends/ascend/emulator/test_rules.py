@@ -66,11 +66,12 @@ def quant_matmul(**changes: Any) -> Arguments:
 
 
 def mx_matmul(**changes: Any) -> Arguments:
+    """5 tokens, 128 to 24."""
     good = {
-        "x1": full(5, 64, dtype=torch.float8_e4m3fn),
-        "x2": columns(64, 24, dtype=torch.float8_e4m3fn),
-        "scale": scales(24, 1, 2).transpose(0, 1),
-        "pertoken_scale": scales(5, 1, 2),
+        "x1": full(5, 128, dtype=torch.float8_e4m3fn),
+        "x2": columns(128, 24, dtype=torch.float8_e4m3fn),
+        "scale": scales(24, 2, 2).transpose(0, 1),
+        "pertoken_scale": scales(5, 2, 2),
         "output_dtype": 15,
         "scale_dtype": E8M0,
         "pertoken_scale_dtype": E8M0,
@@ -111,12 +112,12 @@ def grouped_int4(**changes: Any) -> Arguments:
 
 def grouped_mx(weight: Tensor, name: str, **changes: Any) -> Arguments:
     good = {
-        name: [scales(3, 32, 1, 2).transpose(1, 2)],
-        "per_token_scale": [scales(6, 1, 2)],
+        name: [scales(3, 32, 2, 2).transpose(1, 2)],
+        "per_token_scale": [scales(6, 2, 2)],
         "per_token_scale_dtype": E8M0,
         "output_dtype": 15,
     }
-    return grouped(full(6, 64, dtype=torch.float8_e4m3fn), weight, **good | changes)
+    return grouped(full(6, 128, dtype=torch.float8_e4m3fn), weight, **good | changes)
 
 
 def mx_quant(**changes: Any) -> Arguments:
@@ -220,12 +221,12 @@ CALLS: dict[str, tuple[str, Callable[[], Arguments]]] = {
     "mxfp4": (
         "npu_quant_matmul",
         lambda: mx_matmul(
-            x1=full(5, 32, dtype=U8), x2=columns(32, 24, dtype=U8), x1_dtype=FP4, x2_dtype=FP4, bias=full(24)
+            x1=full(5, 64, dtype=U8), x2=columns(64, 24, dtype=U8), x1_dtype=FP4, x2_dtype=FP4, bias=full(24)
         ),
     ),
     "mxfp8 by mxfp4": (
         "npu_quant_matmul",
-        lambda: mx_matmul(x2=columns(32, 24, dtype=U8), x2_dtype=FP4, bias=full(1, 24, dtype=BF16)),
+        lambda: mx_matmul(x2=columns(64, 24, dtype=U8), x2_dtype=FP4, bias=full(1, 24, dtype=BF16)),
     ),
     "grouped bf16": (
         "npu_grouped_matmul",
@@ -248,11 +249,11 @@ CALLS: dict[str, tuple[str, Callable[[], Arguments]]] = {
     "grouped int4": ("npu_grouped_matmul", grouped_int4),
     "grouped mxfp8": (
         "npu_grouped_matmul",
-        lambda: grouped_mx(columns(3, 64, 32, dtype=FP8), "scale", scale_dtype=E8M0),
+        lambda: grouped_mx(columns(3, 128, 32, dtype=FP8), "scale", scale_dtype=E8M0),
     ),
     "grouped mxfp8 by mxfp4": (
         "npu_grouped_matmul",
-        lambda: grouped_mx(columns(3, 32, 32, dtype=U8), "antiquant_scale", weight_dtype=FP4),
+        lambda: grouped_mx(columns(3, 64, 32, dtype=U8), "antiquant_scale", weight_dtype=FP4),
     ),
     "batch": (
         "npu_transpose_batchmatmul",
@@ -429,6 +430,11 @@ SPOIL: dict[Callable[..., str], Callable[..., Arguments]] = {
     kinds.one_wide: lambda arguments, name: grow(arguments, name, 2),
     kinds.members: lambda arguments, name, count: arguments | {name: arguments[name] * 2},
     kinds.is_transposed: lambda arguments, name: changed(arguments, name, lambda t: t.contiguous()),
+    kinds.turned_alike: lambda arguments, name, matrix: changed(
+        arguments,
+        name,
+        lambda t: t.transpose(-3, -2).contiguous().transpose(-3, -2) if t.is_contiguous() else t.contiguous(),
+    ),
     kinds.is_plain: lambda arguments, name: changed(arguments, name, lambda t: t.mT.contiguous().mT),
     kinds.partition: lambda arguments, name, *about: changed(arguments, name, lambda t: t + 9),
     kinds.within: lambda arguments, name, *about: changed(arguments, name, lambda t: t + 99),
