@@ -163,6 +163,35 @@ def test_strict_accepts_what_a_backend_adopts() -> None:
     assert (found["moe_experts"].runs_as, found["moe_experts"].adopted) == ("composite", "")
 
 
+def test_strict_accepts_what_a_backend_leaves_to_others_on_purpose() -> None:
+    """Its own code is refused here, and it says that another backend's should run instead."""
+
+    class Leaving(Vendor):
+        name = "leaving"
+        adopts: ClassVar[dict[str, str]] = dict.fromkeys(OPS, "no operator of this device computes it")
+
+        def supports(self, op: str, facts: Facts) -> Verdict:
+            return Verdict(op != "hadamard", "it rounds elsewhere" if op == "hadamard" else "with its second operator")
+
+    found = {r.op: r for r in resolve([Leaving(exact()), REFERENCE], strict=True).resolutions}
+    assert (found["hadamard"].runs_as, found["hadamard"].rejected) == (
+        "reference",
+        (("leaving", "it rounds elsewhere"),),
+    )
+    assert found["hadamard"].adopted == "no operator of this device computes it"
+
+
+def test_a_reason_to_accept_is_kept_where_it_says_something() -> None:
+    class Telling(Vendor):
+        name = "telling"
+
+        def supports(self, op: str, facts: Facts) -> Verdict:
+            return Verdict(True, "its second operator") if op == "hadamard" else super().supports(op, facts)
+
+    found = {r.op: r.reason for r in resolve([Telling(exact())]).resolutions}
+    assert (found["hadamard"], found["linear"]) == ("its second operator", "")
+
+
 def test_preferences_by_family_and_by_op() -> None:
     found = by_op({"moe": ["vendor", "reference"], "swiglu": "reference"})
     assert found["swiglu"] == ("reference",)

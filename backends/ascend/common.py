@@ -49,7 +49,9 @@ class Base(Reference):
         wanted = widths.calls(op, facts, self.soc)
         lacking = [choice.why_not(sizes) for sizes in wanted if choice.for_call(sizes) is None]
         if lacking or not choice.used:
-            return Verdict(False, "; ".join(dict.fromkeys(lacking)) or choice.why_not({}))
+            alien = {sizes["format"] for sizes in wanted if sizes.get("format", "bf16") not in self.soc.formats}
+            convert = [f"{self.soc.title} multiplies no {', '.join(sorted(alien))}: see dsv4-hal convert"] * bool(alien)
+            return Verdict(False, "; ".join(dict.fromkeys(convert + lacking)) or choice.why_not({}))
         serving = [p for sizes in wanted if (p := choice.for_call(sizes))] or choice.used
         used = [f"{p.name} ({p.note})" if p.note else p.name for p in serving]
         return Verdict(True, "; ".join(dict.fromkeys(used + passed)))

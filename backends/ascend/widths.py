@@ -18,6 +18,27 @@ Sizes = Mapping[str, Any]
 KEPT: Mapping[str, str] = MappingProxyType({"e4m3_128x128": "mxfp8", "e4m3_128x128_fp32": "mxfp8"})
 
 
+# expert_dtype of a model -> the stored formats of its matrices: most of them, and the projections to a latent.
+_MATRICES: Mapping[str | None, tuple[str, str]] = MappingProxyType(
+    {
+        None: ("bf16", "bf16"),
+        "fp4": ("e4m3_128x128", "e4m3_128x128"),
+        "fp8": ("e4m3_128x128_fp32", "e4m3_128x128_fp32"),
+        "int8": ("int8_channel", "bf16"),
+        "int4": ("int8_channel", "bf16"),
+    }
+)
+_EXPERTS: Mapping[str | None, str] = MappingProxyType(
+    {
+        None: "bf16",
+        "fp4": "mxfp4",
+        "fp8": "e4m3_128x128_fp32",
+        "int8": "int8_channel",
+        "int4": "int4_channel",
+    }
+)
+
+
 def kept_format(name: str, soc: Soc) -> str:
     """How a stored format is kept on a SoC."""
     other = KEPT.get(name, name)
@@ -34,19 +55,21 @@ def _linear(facts: Facts, soc: Soc) -> Iterator[Sizes]:
     d, q, heads, dim = (facts[k] for k in ("hidden_size", "q_lora_rank", "num_attention_heads", "head_dim"))
     inner, low = facts["moe_intermediate_size"], facts["o_groups"] * facts["o_lora_rank"]
     index = facts["index_n_heads"] * facts["index_head_dim"]
-    stored = {None: "bf16", "fp4": "e4m3_128x128", "fp8": "e4m3_128x128_fp32"}[facts["expert_dtype"]]
-    fmt = kept_format(stored, soc)
-    matrices = ((q, d), (dim, d), (heads * dim, q), (index, q), (d, low), (2 * inner, d), (d, inner))
-    for outputs, inputs in matrices:
-        yield {"format": fmt, "inputs": inputs, "outputs": outputs}
+    stored, latent = _MATRICES[facts["expert_dtype"]]
+    for outputs, inputs in ((heads * dim, q), (index, q), (d, low), (2 * inner, d), (d, inner)):
+        yield {"format": kept_format(stored, soc), "inputs": inputs, "outputs": outputs}
+    for outputs, inputs in ((q, d), (dim, d)):
+        yield {"format": kept_format(latent, soc), "inputs": inputs, "outputs": outputs}
     for outputs in (facts["n_routed_experts"], facts["vocab_size"]):
         yield {"format": "bf16", "inputs": d, "outputs": outputs}
 
 
 def _experts(facts: Facts, soc: Soc) -> Iterator[Sizes]:
     d, inner = facts["hidden_size"], facts["moe_intermediate_size"]
-    stored = {None: "bf16", "fp4": "mxfp4", "fp8": "e4m3_128x128_fp32"}[facts["expert_dtype"]]
-    experts = {"format": kept_format(stored, soc), "experts": facts["n_routed_experts"]}
+    experts = {
+        "format": kept_format(_EXPERTS[facts["expert_dtype"]], soc),
+        "experts": facts["n_routed_experts"],
+    }
     yield experts | {"inputs": d, "outputs": 2 * inner}
     yield experts | {"inputs": inner, "outputs": d}
 

@@ -204,8 +204,18 @@ def test_fp8_on_the_910_is_no_native_product(monkeypatch: pytest.MonkeyPatch) ->
     found = explained("ascend910b")
     for op, stored in (("linear", "e4m3_128x128"), ("grouped_linear", "mxfp4")):
         assert found[op].runs_as == "reference"
+        assert f"Ascend 910B (A2) multiplies no {stored}: see dsv4-hal convert" in found[op].rejected[0][1]
         assert f"format {stored}, not int8_channel" in found[op].rejected[0][1]
         assert found[op].fallback
+
+
+@pytest.mark.parametrize("experts", ["int8", "int4"])
+def test_converted_models_are_multiplied_natively(monkeypatch: pytest.MonkeyPatch, experts: str) -> None:
+    monkeypatch.setenv(ASSUME, "ascend910_93")
+    monkeypatch.setattr(runtime, "find_spec", lambda package: None)
+    facts = vars(find_config("v4-flash")[0]) | {"expert_dtype": experts}
+    found = {r.op: r for r in select(["ascend"], numerics_for("a3"), facts).resolutions}
+    assert (found["linear"].runs_as, found["grouped_linear"].runs_as) == ("native", "native")
 
 
 def test_a_vendor_package_that_breaks_torch_does_not_break_this_one(tmp_path: Path) -> None:
