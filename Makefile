@@ -20,9 +20,11 @@ test-cuda: $(VENV)/installed-test
 test-ascend: $(ASCEND)/installed
 	bash ci/ascend.sh $(ASCEND)/bin
 
-full: $(VENV)/installed-test
+full: $(VENV)/installed-test $(ASCEND)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not browser"
 	bash ci/kernels.sh $(BIN) full
+	SIZE=quick bash ci/ascend.sh $(ASCEND)/bin
+	bash ci/apart.sh $(BIN) $(ASCEND)/bin
 
 lint: $(VENV)/installed-test
 	bash ci/lint.sh $(BIN)

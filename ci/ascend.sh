@@ -4,6 +4,8 @@
 #   bash ci/ascend.sh .venv-ascend/bin       SIZE=quick runs longer cases
 set -euo pipefail
 bin=$(cd "$1" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0 DSV4_HAL_EMULATE=true OMP_NUM_THREADS=1
 "$bin/python" -m dsv4_hal.backends.ascend.emulator.build
 for soc in ascend910_93 ascend950; do
@@ -12,3 +14,6 @@ done
 for mode in a3 a5; do
   "$bin/dsv4-hal" conform --backend ascend --mode "$mode" --size "${SIZE:-tiny}"
 done
+"$bin/dsv4-hal" convert tests/data/tiny --to ascend-a3-w4a8 --out "$work/w4a8"
+"$bin/dsv4-hal" compare --backends reference,ascend --model "$work/w4a8" --mode a3
+"$bin/dsv4-hal" compare --backends reference,ascend --model tests/data/tiny --mode a5
