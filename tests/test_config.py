@@ -155,7 +155,9 @@ def test_errors_of_text(sets: list[str], environ: dict[str, str], error: str) ->
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"nowhere\.yaml: no such file; with the package come cpu, cpu-exact, shapes"):
+    with pytest.raises(
+        RunError, match=r"nowhere\.yaml: no such file; with the package come ascend-a3, ascend-a5, cpu, cpu-exact, cuda"
+    ):
         load_run(tmp_path / "nowhere.yaml", environ={})
     with pytest.raises(RunError, match="cannot be read"):
         load_run(tmp_path, environ={})
@@ -165,7 +167,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", run_names())
-def test_what_comes_with_the_package(name: str) -> None:
+def test_what_comes_with_the_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = {"cuda": "sm_90", "ascend-a3": "ascend910_93", "ascend-a5": "ascend950"}
+    if name in machines:
+        monkeypatch.setenv("DSV4_HAL_ASSUME", machines[name])
     run = load_run(name, environ={}).run
     ops = select(run.backend, numerics_for(run.mode), prefer=run.ops, strict=True)
     assert ops.primary.name == run.backend[0]

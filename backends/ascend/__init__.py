@@ -37,6 +37,7 @@ TABLE = (
 
 _ADOPTED = {
     **dict.fromkeys(("embedding", "kv_load", "state_new", "state_copy", "state_reset"), "torch's own copy, on the NPU"),
+    "compress": "the part that no operator has by itself; torch computes it on the NPU",
     "plan": "once a step, from lengths that lie on the host; torch computes it on the NPU",
     "dequantize": "of weights, when they are loaded; torch computes it on the NPU",
     "sample": "once a step, and its draws are compared; torch computes it on the NPU",

@@ -33,7 +33,10 @@ KINDS = ("native", "inherited", "composite", "reference")
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
 """Standard error: everything that is not what the verb was asked for."""
 
-Config = Annotated[Path | None, typer.Option(help="YAML file of the run; or cpu, cpu-exact, shapes.", metavar="FILE")]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="YAML file of the run; or cpu, cuda, ascend-a5 (a name of configs/runs).", metavar="FILE"),
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="A key of the run, as in generate.top_p=0.9.", metavar="KEY=VALUE")
 ]

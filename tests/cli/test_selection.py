@@ -144,7 +144,11 @@ def test_a_run_with_a_third_party_backend(tool: Tool, checkpoint: Path) -> None:
         (("--set", "ops.linaer=reference"), 2, "no op or family is called 'linaer'; did you mean linear?"),
         (("--set", "ops.linear=nope"), 3, "--set ops.linear=nope: ops.linear: no backend is called 'nope'"),
         (("--set", "ops.linear=null"), 3, "backend null makes shapes"),
-        (("--config", "nope.yaml"), 2, "nope.yaml: no such file; with the package come cpu, cpu-exact, shapes"),
+        (
+            ("--config", "nope.yaml"),
+            2,
+            "nope.yaml: no such file; with the package come ascend-a3, ascend-a5, cpu, cpu-exact, cuda",
+        ),
         (("--mode", "fast"), 2, "--mode: mode: must be exact, deployed, a3, a5 or deepgemm, got 'fast'"),
         (("--set", "dtype=float32"), 2, "mode deployed stores activations in bfloat16"),
         (("--device", "nonsense"), 3, "device 'nonsense' cannot be used"),

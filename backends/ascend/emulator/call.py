@@ -6,7 +6,8 @@
 1. torch's dispatcher holds the call against the schema, the real one of torch_npu for `npu::`.
 2. The operator's own meta kernel is run on the shapes and dtypes; what it returns, the body must return.
 3. The rules for the operator are asked, of `rule_table` or of its own, on what the meta kernels let through.
-4. The body, a function with the schema's argument names, is called with all arguments by name, defaults filled in.
+4. The body, a function with the schema's argument names, is called with all arguments by name, defaults filled in;
+   its results become contiguous.
 """
 
 from __future__ import annotations
@@ -145,11 +146,17 @@ def _called(op: Op, *args: Any, **kwargs: Any) -> Any:
     expected = _from_meta(op, overload, arguments)
     for rule, said in broken((*RULES, *op.rules), Call(op.name, _STATE.soc.name, arguments)):
         raise Refused(op.name, f"{said} ({rule.source})", rule)
-    made = op.body(**arguments)
+    made = _plain(op.body(**arguments), arguments)
     wrong = _difference(op, made, expected)
     if wrong:
         raise AssertionError(f"{op.name}: {wrong}: an error of the emulator, or a case for a Meta of its own")
     return made
+
+
+def _plain(made: Any, arguments: Mapping[str, Any]) -> Any:
+    """Results as a device allocates them, row by row, whatever the arguments' strides; but for what is an argument."""
+    given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    return tree_map_only(Tensor, lambda t: t if any(t is other for other in given) else t.contiguous(), made)
 
 
 def _difference(op: Op, made: Any, expected: Any) -> str:

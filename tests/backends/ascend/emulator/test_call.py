@@ -63,6 +63,12 @@ def test_every_operator_is_callable(torch_npu: ModuleType) -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op.name, "CPU"), op.name
 
 
+def test_results_lie_row_by_row(torch_npu: ModuleType) -> None:
+    x = torch.randn(8, 6).bfloat16().T
+    for result in (*torch_npu.npu_dynamic_quant(x), torch_npu.npu_swiglu(x), *torch_npu.npu_rms_norm(x, x[0])):
+        assert result.is_contiguous()
+
+
 OWN = """
     import torch
     from dsv4_hal.backends.ascend.devices import SOCS
