@@ -78,6 +78,7 @@ class Run(Section):
     ops: dict[str, Names] = {}  # op or family of ops -> backends in order of preference
     device: str | None = None  # torch device; default the first backend's
     assume: str | None = None  # architecture that a backend shall choose kernels for, such as sm_90, without having it
+    emulate: bool = False  # compute operators of a backend's devices on the CPU, where it can: to check them
     mode: str = "deployed"  # exact, deployed, or a numeric profile that a backend's package declares
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None  # compute dtype of mode exact
     strict: bool = False  # refuse to run an op on another backend than the one asked for

@@ -64,6 +64,8 @@ def configure(config: Path | None, sets: list[str] | None, show: bool = False, *
     loaded = load_run(config, sets or (), flags)
     if loaded.run.assume is not None:  # backends read it there, and so do the processes they are run in
         os.environ[f"{PREFIX}ASSUME"] = loaded.run.assume
+    if "emulate" in loaded.places:
+        os.environ[f"{PREFIX}EMULATE"] = str(loaded.run.emulate).lower()
     if show:
         notes.print(settings_yaml(loaded), markup=False)
     return loaded

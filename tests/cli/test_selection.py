@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,19 @@ def test_explain_as_json(tool: Tool) -> None:
     assert sum(found["counts"].values()) == len(OPS)
     assert found["counts"]["native"] == 0
     assert "libthird.so" in found["passed_over"]["broken"]
+
+
+def test_backends_read_in_the_environment_what_a_run_assumes_and_emulates(
+    tool: Tool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("DSV4_HAL_ASSUME", "DSV4_HAL_EMULATE"):  # what is set to is undone with the test
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    done = tool("explain", "--backend", "reference", "--assume", "ascend950", "--set", "emulate=yes")
+    assert done.code == 0, done.err
+    assert (os.environ["DSV4_HAL_ASSUME"], os.environ["DSV4_HAL_EMULATE"]) == ("ascend950", "true")
+    assert tool("explain", "--backend", "reference", "--set", "emulate=no").code == 0
+    assert os.environ["DSV4_HAL_EMULATE"] == "false"
 
 
 @pytest.mark.usefixtures("third")
