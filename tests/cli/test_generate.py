@@ -54,9 +54,9 @@ def test_exact_mode_and_an_empty_prompt(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (("--backend", "nope"), 3, "no backend is called 'nope'; registered: cuda, cuda-vendor, null, reference"),
+        (("--backend", "nope"), 3, "no backend is called 'nope'; registered: ascend, cuda, cuda-vendor, null"),
         (("--backend", "null"), 2, "computes shapes, not values"),
-        (("--mode", "fast"), 2, "--mode: mode: must be 'deployed' or 'exact', got 'fast'"),
+        (("--mode", "fast"), 2, "--mode: mode: must be exact, deployed, a3, a5 or deepgemm, got 'fast'"),
         (("--top-p", "0"), 2, "--top-p: generate.top_p: must be greater than 0, got 0.0"),
         (("--temperature", "inf"), 2, "--temperature: generate.temperature: must be a finite number, got inf"),
         (("--temperature", "-1"), 2, "--temperature: generate.temperature: must be greater than or equal to 0"),

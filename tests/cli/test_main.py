@@ -14,7 +14,7 @@ from dsv4_hal.cli import app
 
 Tool = Callable[..., Any]
 VERBS = (
-    *("backends", "explain", "env", "info", "init", "generate", "chat"),
+    *("backends", "explain", "env", "info", "init", "convert", "generate", "chat"),
     *("conform", "compare", "bisect", "record", "report"),
 )
 
