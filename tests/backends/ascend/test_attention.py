@@ -328,8 +328,8 @@ def test_a_model_of_the_published_widths(
         ("v4-flash", "ascend910_93", True, "npu_sparse_attn_sharedkv"),
         ("v4-flash", "ascend950", True, "npu_kv_quant_sparse_attn_sharedkv"),
         ("v4-pro", "ascend950", True, "npu_kv_quant_sparse_attn_sharedkv"),
-        ("v4-pro", "ascend910b", False, "picks 1024, where it takes at most 512"),
-        ("v4-tiny", "ascend950", False, "dim 128, where it takes 512; window 32, where it takes 128"),
+        ("v4-pro", "ascend910b", False, "picks 1024, not at most 512"),
+        ("v4-tiny", "ascend950", False, "dim 128, not 512; window 32, not 128"),
     ],
 )
 def test_models_that_the_operators_serve(
