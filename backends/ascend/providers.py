@@ -77,7 +77,7 @@ class Provider:
         """Why it is not used on a SoC; "" if it is, as far as documents say."""
         if self.refused or soc.mode in self.alien:
             return self.refused or self.alien[soc.mode]
-        return "" if soc.name in self.socs else f"{soc.title} has it not"
+        return "" if soc.name in self.socs else f"{soc.title} does not have it"
 
     def misfits(self, sizes: Mapping[str, Any]) -> str:
         """Why it does not take a call of these sizes; "" if it does. A size that is not given is not looked at."""
@@ -104,8 +104,8 @@ class Choice:
         return [f"{p.name}: {why}" for p in self.used if (why := p.misfits(sizes))]
 
     def why_not(self, sizes: Mapping[str, Any]) -> str:
-        """Why nothing takes a call of these sizes."""
-        return "; ".join([f"{p.name}: {why}" for p, why in self.passed] + self.misfits(sizes))
+        """Why nothing takes a call of these sizes. Rows of the same operators say the same once."""
+        return "; ".join(dict.fromkeys([f"{p.name}: {why}" for p, why in self.passed] + self.misfits(sizes)))
 
 
 def choose(table: Sequence[Provider], op: str, soc: Soc, missing: Mapping[str, str]) -> Choice:

@@ -40,10 +40,11 @@ def test_the_first_that_fits_serves() -> None:
         "other: it turns the wrong way; first: width 5, not 4 or 6; "
         "second + third: width 5, not a multiple of 2, at most 8"
     )
+    assert choose((OTHER, OTHER), "rope", A5, {}).why_not({}) == "other: it turns the wrong way"
 
 
 def test_what_a_soc_lacks_or_cannot_be_called_is_passed_over() -> None:
-    assert choose(ROWS, "rope", A3, {}).passed[0] == (FIRST, "Ascend 910C (A3) has it not")
+    assert choose(ROWS, "rope", A3, {}).passed[0] == (FIRST, "Ascend 910C (A3) does not have it")
     choice = choose(ROWS, "rope", A5, {"npu::third": "npu::third has a schema, and no kernel for CPU"})
     assert choice.used == (FIRST,)
     assert (SECOND, "npu::third has a schema, and no kernel for CPU") in choice.passed
