@@ -27,6 +27,7 @@ MXFP8 = FORMATS["mxfp8"]
 _BF16 = Limit(among=(torch.bfloat16,))
 _V5 = "; hicann/ops-nn 8ac78fb1, matmul/quant_batch_matmul_v4/docs/aclnnQuantMatmulV5_en.md"
 _GROUPED_V5 = "; hicann/ops-transformer 827a6040, gmm/grouped_matmul/docs/aclnnGroupedMatmulV5_en.md"
+_BATCHED = "; hicann/ops-nn 305dad69, matmul/transpose_batch_mat_mul/README.md"
 _MX_QUANT = "; hicann/ops-nn 0c8fd4c8, quant/dynamic_mx_quant/docs/aclnnDynamicMxQuantV3.md"
 _W4A8 = "; vllm-ascend 182b75ea, vllm_ascend/quantization/methods/w4a8.py"
 _W4A8_MX = "; vllm-ascend 182b75ea, vllm_ascend/quantization/methods/w4a8_mxfp4.py"
@@ -75,8 +76,7 @@ PROVIDERS = (
         limits={
             "format": _stored("mxfp8"),
             "activation": _stored("mxfp8"),
-            "inputs": Limit(multiple=64, most=65535),
-            "outputs": Limit(most=65535),
+            "inputs": Limit(multiple=64),
             "result": _BF16,
         },
     ),
@@ -139,11 +139,12 @@ PROVIDERS = (
             "result": _BF16,
         },
     ),
+    Provider("block_diagonal_linear", (BATCHED,), MX, documented("npu_transpose_batchmatmul") + _BATCHED),
     Provider(
         "block_diagonal_linear",
         (BATCHED,),
-        ALL,
-        documented("npu_transpose_batchmatmul") + "; hicann/ops-nn 305dad69, matmul/transpose_batch_mat_mul/README.md",
+        INT8,
+        documented("npu_transpose_batchmatmul") + _BATCHED,
         limits={"groups": Limit(most=65535), "flat_inputs": Limit(most=65535), "outputs": Limit(most=65535)},
     ),
 )

@@ -45,7 +45,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 I8, I32, I64, U8 = torch.int8, torch.int32, torch.int64, torch.uint8
 FLOATS = (BF16, FP16, FP32)
 A23, A5 = (soc, "ascend910b", "ascend910_93"), (soc, "ascend950")
-INNER = 65535  # largest last dimension that matrix units address
+INNER = 65535  # largest last dimension that the 910s' matrix units address
+SOME = 1 << 62  # at least one, and no other bound
 HERE = "the emulator: documented, but not computed here"
 
 
@@ -80,17 +81,17 @@ QUANT_MATMUL = (
         _QUANT,
         (rank, "x1", 2, 3, 4, 5, 6),
         (rank, "x2", 2, 3, 4, 5, 6),
-        (between, "x1", -1, 1, INNER),
-        (between, "x2", -1, 1, INNER),
     ),
     *rules(
         "npu::npu_quant_matmul",
         _QUANT,
         (dtype, "x1", I8),
-        (between, "x1", -2, 1, 1 << 62),  # no empty tensor; on 950 it may be
+        (between, "x1", -2, 1, SOME),  # no empty tensor; on 950 it may be
+        (between, "x1", -1, 1, INNER),
+        (between, "x2", -1, 1, INNER),
         when=(A23,),
     ),
-    *rules("npu::npu_quant_matmul", _QUANT, (dtype, "x1", I8, E4M3, U8), when=(A5,)),
+    *rules("npu::npu_quant_matmul", _QUANT, (dtype, "x1", I8, E4M3, U8), (between, "x1", -1, 1, SOME), when=(A5,)),
     *rules("npu::npu_quant_matmul", HERE, (rank, "x2", 2), (absent, "y_scale")),
     *rules(
         "npu::npu_quant_matmul",
@@ -383,11 +384,25 @@ BATCH_MATMUL = (
         (rank, "input", 3),
         (rank, "weight", 3),
         (same_dtype, "input", "weight"),
+        (absent, "bias"),
+    ),
+    *rules(
+        "npu::npu_transpose_batchmatmul",
+        _BATCH,
         (between, "input", 0, 1, INNER),
         (between, "input", 1, 1, INNER),
         (between, "input", 2, 1, INNER),
         (between, "weight", 2, 1, INNER),
-        (absent, "bias"),
+        when=(A23,),
+    ),
+    *rules(
+        "npu::npu_transpose_batchmatmul",
+        _BATCH,
+        (between, "input", 0, 1, SOME),
+        (between, "input", 1, 1, SOME),
+        (between, "input", 2, 1, SOME),
+        (between, "weight", 2, 1, SOME),
+        when=(A5,),
     ),
     *rules(
         "npu::npu_transpose_batchmatmul",

@@ -184,6 +184,18 @@ def test_explain_for_a_soc_that_is_not_here(monkeypatch: pytest.MonkeyPatch, nam
     assert "not npu_grouped_matmul_swiglu_quant_v2: it has no clamp" in found["moe_experts"].reason
 
 
+def test_widths_of_v4_pro(monkeypatch: pytest.MonkeyPatch) -> None:
+    """65536 channels of queries: documents bound a last dimension to 65535 on the 910s, not on the 950."""
+    monkeypatch.setattr(runtime, "find_spec", lambda package: None)
+    monkeypatch.setenv(ASSUME, "ascend950")
+    found = explained("ascend950", "v4-pro")
+    assert found["linear"].runs_as == found["block_diagonal_linear"].runs_as == "native"
+    monkeypatch.setenv(ASSUME, "ascend910_93")
+    assert (
+        "flat inputs 65536, not at most 65535" in explained("ascend910_93", "v4-pro")["block_diagonal_linear"].fallback
+    )
+
+
 def test_explain_names_each_generations_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "find_spec", lambda package: None)
     monkeypatch.setenv(ASSUME, "ascend950")
