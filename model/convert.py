@@ -2,7 +2,8 @@
 
 A converted file is written beside its name and renamed when it is whole; a journal in the output folder says which are
 done, and of which source. `config.json` and the index come last: until then the folder is no checkpoint, and the same
-command goes on where it was stopped. At any time one converted file is in memory, and one tensor in float32.
+command goes on where it was stopped. At any time one converted file is in memory, and one tensor in a few copies of
+float32.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def convert(
 
     What is stored so already is copied, bytes only; quantised weights are dequantised in float32 and rounded once. INT4
     rows take the scale of least square error among SHRINK times their largest value. Other files of the source
-    (tokenizer, generation settings) are copied too. The folder also gets the report, REPORT and, to read, TABLE.
+    (tokenizer, generation settings) are copied too, folders in it are not. The folder also gets the report, REPORT and,
+    to read, TABLE.
 
     progress  called with (bytes read, bytes in all)
 
@@ -93,7 +95,7 @@ def convert(
         journal = _Journal.open(target, {"source": _fingerprint(source, found), "to": to})
         return _convert(source, target, wanted, table, found, formats, journal, progress or (lambda done, total: None))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target}: cannot be written: {error}") from error
+        raise CheckpointError(f"{target}: conversion of {source} stopped: {error}") from error
 
 
 def _convert(
@@ -113,9 +115,9 @@ def _convert(
         if file not in journal.done:
             held: dict[str, Tensor] = {}
             changes: list[Change] = []
-            with contextlib.ExitStack() as stack:
+            with _reader(found) as read_tensor:
                 for name, spec in tensors:
-                    made, change = _tensor(name, spec, formats[spec.name], found, stack)
+                    made, change = _tensor(name, spec, formats[spec.name], found, read_tensor)
                     held |= made
                     changes += change
             _save(held, target / file, metadata)
@@ -137,19 +139,26 @@ def _by_file(table: Mapping[str, WeightSpec], found: Mapping[str, Stored]) -> di
     return dict(sorted(plan.items()))
 
 
+@contextlib.contextmanager
+def _reader(found: Mapping[str, Stored]) -> Iterator[Callable[[str], Tensor]]:
+    """Reads stored tensors by name; each of their files is opened once."""
+    opened: dict[Path, Any] = {}
+    with contextlib.ExitStack() as stack:
+
+        def read(name: str) -> Tensor:
+            path = found[name].file
+            if path not in opened:
+                opened[path] = stack.enter_context(safe_open(path, "pt"))
+            tensor: Tensor = opened[path].get_tensor(name)
+            return tensor
+
+        yield read
+
+
 def _tensor(
-    name: str, spec: WeightSpec, wanted: str, found: Mapping[str, Stored], stack: contextlib.ExitStack
+    name: str, spec: WeightSpec, wanted: str, found: Mapping[str, Stored], read: Callable[[str], Tensor]
 ) -> tuple[dict[str, Tensor], list[Change]]:
     """One tensor in its new format, with its scales, and what that changed, if anything."""
-    opened: dict[Path, Any] = {}
-
-    def read(one: str) -> Tensor:
-        path = found[one].file
-        if path not in opened:
-            opened[path] = stack.enter_context(safe_open(path, "pt"))
-        tensor: Tensor = opened[path].get_tensor(one)
-        return tensor
-
     data, scales = read(name), scale_name(name)
     scale = read(scales) if scales in found else None
     have = (
@@ -200,9 +209,11 @@ def _change(name: str, have: str, wanted: str, values: Tensor, made: Tensor) -> 
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """The file is whole under its name, or not there."""
+    """The file is whole under its name, or not there: on the disk too, before a journal says that it is done."""
     partial = path.with_suffix(".partial")
     save_file({name: t.contiguous() for name, t in tensors.items()}, partial, {"format": "pt", **metadata})
+    with partial.open("rb+") as written:
+        os.fsync(written.fileno())
     os.replace(partial, path)
 
 

@@ -30,7 +30,8 @@ def convert(
         made = run(model, out, to, lambda done, total: bar.update(task, completed=done, total=total))
     for source, target, count, mean, largest, worst in by_kind(made):
         where = f"{worst.name}, its channel {worst.worst_channel} {worst.worst_error:.2%}"
-        typer.echo(f"{source} to {target}: {count} tensors, rms error {mean:.2%} on average, {largest:.2%} in {where}")
+        error = f"rms error {mean:.2%} on average, {largest:.2%} in {where}" if largest else "exact"
+        typer.echo(f"{source} to {target}: {count} tensors, {error}")
     before, after = made.nbytes
     typer.echo(
         f"{out}: {to}, {len(made.changes)} tensors converted, {made.kept} kept, "

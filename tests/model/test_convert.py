@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dsv4_hal.formats import FORMATS, Weight, dequantize, quantize
@@ -140,6 +141,26 @@ def test_it_goes_on_where_it_was_stopped(sharded: Path, tmp_path: Path, monkeypa
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
     assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+def test_every_file_is_opened_once(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each file that is written, however many tensors it holds: a published one holds more than a thousand."""
+    opened: list[tuple[int, str]] = []
+    written: list[str] = []
+    save = module._save
+
+    def counted(path: Path, framework: str) -> object:
+        opened.append((len(written), path.name))
+        return safe_open(path, framework)
+
+    def saved(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save(tensors, path, metadata)
+        written.append(path.name)
+
+    monkeypatch.setattr(module, "safe_open", counted)
+    monkeypatch.setattr(module, "_save", saved)
+    convert(sharded, tmp_path / "out", "ascend-a3-w8a8")
+    assert len(opened) == len(set(opened)) >= len(written) > 3
 
 
 def test_another_conversion_is_not_gone_on_with(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
