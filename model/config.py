@@ -210,7 +210,7 @@ def preset_names() -> list[str]:
 
 
 def preset(name: str) -> ModelConfig:
-    """The configuration in configs/models/`name`.yaml: v4-tiny, v4-flash, v4-pro. ConfigError for any other name."""
+    """The configuration in configs/models/`name`.yaml. ConfigError for a name that is not among `preset_names`."""
     if name not in preset_names():
         raise ConfigError(f"{name}: no such preset; there are {', '.join(preset_names())}")
     text = _presets().joinpath(f"{name}.yaml").read_text(encoding="utf-8")

@@ -49,7 +49,8 @@ def explain(
     device: common.Device = None,
     strict: common.Strict = None,
     assume: Annotated[
-        str | None, typer.Option(help="Explain as on a machine with this architecture, such as sm_90.", metavar="ARCH")
+        str | None,
+        typer.Option(help="Explain as on a machine with this architecture: sm_90, ascend950.", metavar="ARCH"),
     ] = None,
     show_config: common.ShowConfig = False,
     as_json: Json = False,
