@@ -15,9 +15,8 @@ from torch import Tensor
 
 from dsv4_hal.backends.ascend.emulator import custom_rules
 from dsv4_hal.backends.ascend.emulator.call import NO_META, emulated
+from dsv4_hal.backends.ascend.emulator.custom_rules import FOREVER
 from dsv4_hal.backends.ascend.emulator.schedule import picks_asked, schedule
-
-_FOREVER = 9223372036854775807
 
 
 @emulated(
@@ -26,7 +25,7 @@ _FOREVER = 9223372036854775807
     "int query_quant_mode=0, int key_quant_mode=0, Tensor? actual_seq_lengths_query=None, "
     "Tensor? actual_seq_lengths_key=None, Tensor? block_table=None, Tensor? metadata=None, "
     'str layout_query="BSND", str layout_key="BSND", int sparse_count=2048, int sparse_mode=3, '
-    f"int pre_tokens={_FOREVER}, int next_tokens={_FOREVER}, int cmp_ratio=1, bool return_value=False) "
+    f"int pre_tokens={FOREVER}, int next_tokens={FOREVER}, int cmp_ratio=1, bool return_value=False) "
     "-> (Tensor sparse_indices, Tensor sparse_values)",
     meta=NO_META,
     rules=custom_rules.of("_C_ascend::npu_vllm_quant_lightning_indexer"),
@@ -66,7 +65,7 @@ def npu_vllm_quant_lightning_indexer(**given: Any) -> tuple[Tensor, Tensor]:
     schema="(int num_heads_q, int num_heads_k, int head_dim, int query_quant_mode, int key_quant_mode, "
     "Tensor? actual_seq_lengths_query=None, Tensor? actual_seq_lengths_key=None, int batch_size=0, "
     'int max_seqlen_q=0, int max_seqlen_k=0, str layout_query="BSND", str layout_key="BSND", '
-    f"int sparse_count=2048, int sparse_mode=3, int pre_tokens={_FOREVER}, int next_tokens={_FOREVER}, "
+    f"int sparse_count=2048, int sparse_mode=3, int pre_tokens={FOREVER}, int next_tokens={FOREVER}, "
     'int cmp_ratio=1, str device="npu") -> (Tensor metadata)',
     meta=NO_META,
     rules=custom_rules.of("_C_ascend::npu_vllm_quant_lightning_indexer_metadata"),

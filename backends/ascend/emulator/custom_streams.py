@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv4_hal.backends.ascend.emulator.call import NO_META, emulated
+from dsv4_hal.backends.ascend.emulator.numbers import to_hf32
 from dsv4_hal.backends.ascend.emulator.stream_rules import RULES
 
 
@@ -74,8 +75,3 @@ def inplace_partial_rotary_mul(x: Tensor, r1: Tensor, r2: Tensor, rotary_mode: s
     part = x[..., first:last].to(torch.float32)
     swapped = torch.stack([-part[..., 1::2], part[..., 0::2]], -1).flatten(-2)
     x[..., first:last] = (part * r1.to(torch.float32) + swapped * r2.to(torch.float32)).to(x.dtype)
-
-
-def to_hf32(values: Tensor) -> Tensor:
-    """float32 values with their lowest 13 bits of mantissa dropped."""
-    return (values.contiguous().view(torch.int32) >> 13 << 13).view(torch.float32)

@@ -75,6 +75,11 @@ def power_of_two(scale: Tensor) -> Tensor:
     return scale.view(torch.uint8).view(E8M0).to(torch.float32)
 
 
+def to_hf32(values: Tensor) -> Tensor:
+    """float32 values with their lowest 13 bits of mantissa dropped."""
+    return (values.contiguous().view(torch.int32) >> 13 << 13).view(torch.float32)
+
+
 def spread(scale: Tensor, axis: int, count: int, block: int = 32) -> Tensor:
     """Scales in pairs [.., blocks / 2, .., 2] -> one for each of `count` elements along `axis`, pairs left out."""
     axis = axis % (scale.dim() - 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv4_hal.backends.ascend.emulator.call import emulated, meta_differs
+from dsv4_hal.backends.ascend.emulator.numbers import to_hf32
 
 FP32 = torch.float32
 
@@ -40,7 +41,7 @@ def npu_mhc_pre(
     flat = wide.flatten(-2)
     inv_rms = (flat.square().mean(-1) + norm_eps).rsqrt()
     left = flat if gamma is None else flat * gamma.flatten()
-    mix = (_hf32(left) @ _hf32(phi).mT) if inner_precise else left @ phi.mT
+    mix = (to_hf32(left) @ to_hf32(phi).mT) if inner_precise else left @ phi.mT
     pre, post, res = (mix * inv_rms.unsqueeze(-1)).split([n, n, n * n], -1)
     to_pre, to_post, to_res = bias.split([n, n, n * n])
     h_pre = (pre * alpha[0] + to_pre).sigmoid() + hc_eps
@@ -67,7 +68,3 @@ def npu_mhc_post(x: Tensor, h_res: Tensor | None, h_out: Tensor, h_post: Tensor)
     """h_res transposed, times x, plus h_out times h_post of a stream: [T, n, D] of x's dtype, computed in float32."""
     mixed = x.to(FP32) if h_res is None else h_res.mT @ x.to(FP32)
     return (mixed + h_post.unsqueeze(-1) * h_out.to(FP32).unsqueeze(-2)).to(x.dtype)
-
-
-def _hf32(x: Tensor) -> Tensor:
-    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(FP32)
