@@ -52,7 +52,7 @@ class Provider:
 
     op       of the contract
     calls    the operators that it calls, namespace::name; of torch's own, aten::name
-    socs     names of the SoCs that have them, after `source`
+    socs     names of the SoCs that it is for: those that have them, after `source`, and whose formats these are
     source   the document or file that was read
     refused  why it is not used although it is there; "" if it is
     alien    numeric profile -> why its numbers are not that profile's
@@ -77,7 +77,7 @@ class Provider:
         """Why it is not used on a SoC; "" if it is, as far as documents say."""
         if self.refused or soc.mode in self.alien:
             return self.refused or self.alien[soc.mode]
-        return "" if soc.name in self.socs else f"{soc.title} does not have it"
+        return "" if soc.name in self.socs else f"it is not for {soc.title}"
 
     def misfits(self, sizes: Mapping[str, Any]) -> str:
         """Why it does not take a call of these sizes; "" if it does. A size that is not given is not looked at."""
@@ -109,8 +109,12 @@ class Choice:
 
 
 def choose(table: Sequence[Provider], op: str, soc: Soc, missing: Mapping[str, str]) -> Choice:
-    """What of a table is used for an op on a SoC. missing: why an operator cannot be called, of those that cannot."""
-    rows = [(p, p.lacks(soc) or _first(p.calls, missing)) for p in table if p.op == op]
+    """What of a table is used for an op on a SoC. missing: why an operator cannot be called, of those that cannot.
+
+    A row for other SoCs is left out where one of the same operators is for this."""
+    here = {p.calls for p in table if p.op == op and soc.name in p.socs}
+    asked = [p for p in table if p.op == op and (soc.name in p.socs or p.calls not in here)]
+    rows = [(p, p.lacks(soc) or _first(p.calls, missing)) for p in asked]
     return Choice(tuple(p for p, why in rows if not why), tuple((p, why) for p, why in rows if why))
 
 

@@ -44,7 +44,9 @@ def test_the_first_that_fits_serves() -> None:
 
 
 def test_what_a_soc_lacks_or_cannot_be_called_is_passed_over() -> None:
-    assert choose(ROWS, "rope", A3, {}).passed[0] == (FIRST, "Ascend 910C (A3) does not have it")
+    assert choose(ROWS, "rope", A3, {}).passed[0] == (FIRST, "it is not for Ascend 910C (A3)")
+    elsewhere = Provider("rope", SECOND.calls, MX, "a document")
+    assert choose((SECOND, elsewhere), "rope", A3, {}).passed == ()
     choice = choose(ROWS, "rope", A5, {"npu::third": "npu::third has a schema, and no kernel for CPU"})
     assert choice.used == (FIRST,)
     assert (SECOND, "npu::third has a schema, and no kernel for CPU") in choice.passed
