@@ -246,3 +246,33 @@ def index_epilog(x: Tensor, slots: Sequence[int], blocks: int = 2, rows: int = 1
             "layout": 2,
         }
     )
+
+
+def streams() -> dict[str, dict[str, Any]]:
+    """Of the operators around streams and rotary embedding, by name."""
+    bf16 = torch.bfloat16
+    return {
+        "npu_hc_pre_v2": {
+            "x": torch.ones(1, 2, 4, 4096, dtype=bf16),
+            "hc_fn": torch.ones(24, 4 * 4096),
+            "hc_scale": torch.ones(3),
+            "hc_base": torch.ones(24),
+            "hc_mult": 4,
+            "hc_sinkhorn_iters": 20,
+            "norm_eps": 1e-6,
+            "hc_eps": 1e-6,
+        },
+        "npu_hc_post": {
+            "x": torch.ones(1, 3, 256, dtype=bf16),
+            "residual": torch.ones(1, 3, 4, 256, dtype=bf16),
+            "post": torch.ones(1, 3, 4),
+            "comb": torch.ones(1, 3, 4, 4),
+        },
+        "inplace_partial_rotary_mul": {
+            "x": torch.ones(2, 1, 3, 96),
+            "r1": torch.ones(2, 1, 1, 64),
+            "r2": torch.ones(2, 1, 1, 64),
+            "rotary_mode": "interleave",
+            "partial_slice": [32, 96],
+        },
+    }

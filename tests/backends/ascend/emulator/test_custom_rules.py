@@ -18,11 +18,13 @@ from torch import Tensor
 from dsv4_hal.backends.ascend.devices import Soc
 from dsv4_hal.backends.ascend.emulator import custom_rules as table
 from dsv4_hal.backends.ascend.emulator import rules as kinds
+from dsv4_hal.backends.ascend.emulator import stream_rules
 from dsv4_hal.backends.ascend.emulator.call import OPS
-from dsv4_hal.backends.ascend.emulator.custom_rules import A3, A5, RULES
+from dsv4_hal.backends.ascend.emulator.custom_rules import A3, A5
 from dsv4_hal.backends.ascend.emulator.rules import Call, Refused, Rule, applies, broken, complaint
 
-FILES = ("custom_attention", "custom_cache", "custom_compressor", "custom_indexer")
+RULES = (*table.RULES, *stream_rules.RULES)
+FILES = ("custom_attention", "custom_cache", "custom_compressor", "custom_indexer", "custom_streams")
 for file in FILES:
     import_module(f"dsv4_hal.backends.ascend.emulator.{file}")
 
@@ -55,6 +57,8 @@ def good() -> Iterator[Call]:
         ("compressor", calls.compressor()),
     ):
         yield Call(f"_C_ascend::{op}", A3[1] if "scatter" in op else A5[0], made.arguments)
+    for op, arguments in calls.streams().items():
+        yield Call(f"_C_ascend::{op}", A3[1], arguments)
 
 
 GOOD = list(good())
@@ -101,7 +105,9 @@ SPOIL: Mapping[Callable[..., str], Callable[..., Any]] = {
     kinds.same_size: lambda call, name, axis, other, other_axis, times=1: resized(
         call.arguments[name], axis, call.arguments[name].shape[axis] + 1
     ),
+    kinds.same_shape: lambda call, name, other: call.arguments[name][..., :-1],
     kinds.is_plain: lambda call, name: call.arguments[name].transpose(0, 1),
+    stream_rules.slice_width: lambda call, name, bounds: call.arguments[name][..., :-1],
     table.no_gaps: spoil_no_gaps,
     table.sums: spoil_lengths,
     table.starts_at_zero: spoil_lengths,
