@@ -223,7 +223,8 @@ def _read(spec: WeightSpec, files: _Files, found: Mapping[str, Stored], cfg: Mod
     if scale_name(first) in found:
         scale_dtype = found[scale_name(first)].dtype
         scale = _join(spec, [[scale_name(source) for source in parts] for parts in spec.sources], files, found)
-    return Weight(data, scale, FORMATS[format_in(found[first].dtype, scale_dtype, spec)], name=spec.name)
+    fmt = FORMATS[format_in(found[first].dtype, scale_dtype, spec)]
+    return Weight(data, scale, fmt, spec.name, op=spec.read_by)
 
 
 def format_in(dtype: str, scale_dtype: str | None, spec: WeightSpec) -> str:

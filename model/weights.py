@@ -31,6 +31,7 @@ class WeightSpec:
              inner the parts whose rows follow one another (w1, w3)
     shard    the axis that tensor or expert parallelism may split: "out" (rows; of each part), "in" (columns),
              "expert", "vocab" (rows); None: every device holds it whole
+    op       of the contract that reads it, where that is not `linear` or, for a stack, `grouped_linear`
     """
 
     name: str
@@ -38,6 +39,12 @@ class WeightSpec:
     format: str
     sources: tuple[tuple[str, ...], ...]
     shard: str | None = None
+    op: str = ""
+
+    @property
+    def read_by(self) -> str:
+        """The op of the contract that reads it, of a matrix."""
+        return self.op or ("grouped_linear" if self.is_stack else "linear")
 
     @property
     def is_matrix(self) -> bool:
@@ -74,7 +81,7 @@ class FileTensor:
 def weight_table(cfg: ModelConfig) -> dict[str, WeightSpec]:
     """Every weight of `cfg` by name: embed, layers.0..L-1, norm, head, hc_head_*, then mtp.0 where there is one."""
     formats, vocab, d = _formats(cfg), cfg.vocab_size, cfg.hidden_size
-    specs = [_spec("embed.weight", (vocab, d), formats["bf16"], "vocab")]
+    specs = [_spec("embed.weight", (vocab, d), formats["bf16"], "vocab", "embedding")]
     for i, ratio in enumerate(cfg.layer_ratios):
         specs += _block(cfg, f"layers.{i}.", ratio, hashed=i < cfg.num_hash_layers)
     specs += [
@@ -126,7 +133,7 @@ def shapes_only(
         data = torch.empty(fmt.data_shape(spec.shape), dtype=fmt.storage, device="meta")
         scales = fmt.scale_shape(spec.shape)
         scale = None if scales is None else torch.empty(scales, dtype=fmt.scale_dtype, device="meta")
-        out[name] = place(Weight(data, scale, fmt, name)) if spec.is_matrix else data
+        out[name] = place(Weight(data, scale, fmt, name, op=spec.read_by)) if spec.is_matrix else data
     return out
 
 
@@ -148,9 +155,9 @@ def _formats(cfg: ModelConfig) -> Mapping[str, str]:
     return {"bf16": "bf16", "latent": matrix, "fp8": matrix, "expert": expert}
 
 
-def _spec(source: str, shape: tuple[int, ...], fmt: str, shard: str | None = None) -> WeightSpec:
+def _spec(source: str, shape: tuple[int, ...], fmt: str, shard: str | None = None, op: str = "") -> WeightSpec:
     """A weight that is one tensor of the files."""
-    return WeightSpec(source.removesuffix(".weight"), shape, fmt, ((source,),), shard)
+    return WeightSpec(source.removesuffix(".weight"), shape, fmt, ((source,),), shard, op)
 
 
 def _block(cfg: ModelConfig, prefix: str, ratio: int, hashed: bool) -> Iterator[WeightSpec]:
@@ -180,7 +187,8 @@ def _attention(cfg: ModelConfig, prefix: str, ratio: int) -> Iterator[WeightSpec
     yield _spec(f"{prefix}wq_b.weight", (heads * width, q), formats["fp8"], "out")
     yield _spec(f"{prefix}wkv.weight", (width, d), formats["latent"])
     yield _spec(f"{prefix}kv_norm.weight", (width,), formats["bf16"])
-    yield _spec(f"{prefix}wo_a.weight", (latent, heads * width // groups), formats["latent"], "out")
+    inputs = heads * width // groups
+    yield _spec(f"{prefix}wo_a.weight", (latent, inputs), formats["latent"], "out", "block_diagonal_linear")
     yield _spec(f"{prefix}wo_b.weight", (d, latent), formats["fp8"], "in")
     if ratio:
         yield from _compressor(cfg, f"{prefix}compressor.", ratio, width)

@@ -47,14 +47,18 @@ class Base(Reference):
         if self.numerics.accumulate != torch.float32:
             return Verdict(False, f"its operators sum in float32, the profile in {self.numerics.accumulate}")
         wanted = widths.calls(op, facts, self.soc)
-        lacking = [choice.why_not(sizes) for sizes in wanted if choice.for_call(sizes) is None]
-        if lacking or not choice.used:
-            alien = {sizes["format"] for sizes in wanted if sizes.get("format", "bf16") not in self.soc.formats}
+        served = [found for sizes in wanted if (found := choice.for_call(sizes))] if wanted else choice.used
+        lacking = [sizes for sizes in wanted if choice.for_call(sizes) is None]
+        alien = {sizes["format"] for sizes in wanted if sizes.get("format", "bf16") not in self.soc.formats}
+        if alien or not served:
             convert = [f"{self.soc.title} multiplies no {', '.join(sorted(alien))}: see dsv4-hal convert"] * bool(alien)
-            return Verdict(False, "; ".join(dict.fromkeys(convert + lacking)) or choice.why_not({}))
-        serving = [p for sizes in wanted if (p := choice.for_call(sizes))] or choice.used
-        used = [f"{p.name} ({p.note})" if p.note else p.name for p in serving]
-        return Verdict(True, "; ".join(dict.fromkeys(used + passed)))
+            why = [choice.why_not(sizes) for sizes in lacking]
+            return Verdict(False, "; ".join(dict.fromkeys(convert + why)) or choice.why_not({}))
+        used = [f"{p.name} ({p.note})" if p.note else p.name for p in served]
+        own = [
+            f"torch's own ops for calls that it does not take: {'; '.join(choice.misfits(sizes))}" for sizes in lacking
+        ]
+        return Verdict(True, "; ".join(dict.fromkeys(used + own + passed)))
 
     @property
     def _chosen(self) -> dict[tuple[Any, ...], Provider | None]:

@@ -7,7 +7,7 @@ outputs with what the 910s' grouped product must be given to correct for its spl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Arranged(Weight):
             data = pack_nibbles(unpack_nibbles(packed).mT.contiguous())
         else:
             data = runtime.load().npu_format_cast(self.operands[0], ND).view(torch.int8)
-        return Weight(data, self.scale, self.format, self.name)
+        return Weight(data, self.scale, self.format, self.name, op=self.op)
 
 
 def arranged(w: Weight, soc: Soc, storage: torch.dtype) -> Weight:
@@ -53,15 +53,15 @@ def arranged(w: Weight, soc: Soc, storage: torch.dtype) -> Weight:
     the meta device."""
     if w.data.is_meta or w.format.plain:
         return w
-    if w.name.endswith("wo_a"):  # block_diagonal_linear: its values, rounded once
-        return Weight(dequantize(w, storage), None, FORMATS["bf16"], w.name)
+    if w.op == "block_diagonal_linear":  # which reads its values, rounded once
+        return replace(w, data=dequantize(w, storage), scale=None, format=FORMATS["bf16"])
     stack, (rows, columns) = w.data.dim() == 3, w.shape[-2:]
     if w.format.name != "mxfp8" and kept_format(w.format.name, soc) == "mxfp8" and columns % 64 == 0:
         return mx_weight(w) if w.format.scale == "e8m0" or powers_of_two(w) else w
     if w.format.name not in soc.formats:
         return w
     if w.format.name == "int8_channel":
-        return Arranged(w.data.mT.contiguous().mT, w.scale, w.format, w.name, "columns")
+        return Arranged(w.data.mT.contiguous().mT, w.scale, w.format, w.name, "columns", w.op)
     if w.format.name == "int4_channel" and stack and rows % 8 == 0:
         return _int4(w)
     if w.format.name == "mxfp4" and stack and rows % 16 == 0 and columns % 64 == 0:
@@ -94,7 +94,7 @@ def mx_weight(w: Weight) -> Weight:
     rows, columns = w.shape[-2:]
     small = scale.view(torch.uint8).repeat_interleave(128, -2)[..., :rows, :]
     small = small.repeat_interleave(4, -1)[..., : columns // 32].contiguous()
-    return Weight(w.data, small.view(torch.float8_e8m0fnu), FORMATS["mxfp8"], w.name)
+    return replace(w, scale=small.view(torch.float8_e8m0fnu), format=FORMATS["mxfp8"])
 
 
 def _no_power(scale: Tensor) -> Tensor:
@@ -128,4 +128,4 @@ def _mxfp4(w: Weight) -> Weight:
 
 def _bare(w: Weight, operands: tuple[Tensor, ...]) -> Weight:
     empty = torch.empty_like(w.data, device="meta")
-    return Arranged(empty, w.scale, w.format, w.name, "operands", operands)
+    return Arranged(empty, w.scale, w.format, w.name, "operands", w.op, operands)

@@ -157,10 +157,12 @@ class Weight(QTensor):
     name    its name in the model's table, for error messages
     layout  physical arrangement; "checkpoint" is row-major codes and scales as in the file. A backend whose kernels
             want another arrangement returns it from `repack` under a name of its own.
+    op      of the contract that reads it, for `repack` to arrange it for; "": not said
     """
 
     name: str = ""
     layout: str = "checkpoint"
+    op: str = ""
 
     def ordered(self) -> Weight:
         """The weight in the checkpoint's order. ValueError if it is arranged otherwise; a backend's own kind of weight
@@ -179,7 +181,7 @@ class Weight(QTensor):
                 f"{self.name or 'weight'}: only a stack [E, out, in] can be indexed, shape is {self.shape}"
             )
         scale = None if self.scale is None else self.scale[index]
-        return Weight(self.data[index], scale, self.format, self.name, self.layout)
+        return Weight(self.data[index], scale, self.format, self.name, self.layout, self.op)
 
     def split_rows(self, groups: int) -> Weight:
         """[groups * out, in] seen as [groups, out, in], without a copy. ValueError where a group cuts a scale block."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -110,7 +111,7 @@ def test_mxfp4_in_the_fractal_layout(torch_npu: ModuleType) -> None:
         (weight("int4_channel", 2, 34, 64), A3),
         (weight("e4m3_128x128", 128, 128), A3),
         (weight("mxfp4", 2, 32, 64), A3),
-        (Weight(torch.ones(4, 4, dtype=BF16), None, FORMATS["bf16"], "attn.wo_a"), A5),
+        (Weight(torch.ones(4, 4, dtype=BF16), None, FORMATS["bf16"], "w", op="block_diagonal_linear"), A5),
     ],
 )
 def test_what_no_operator_reads_stays(before: Weight, soc: Soc) -> None:
@@ -118,7 +119,7 @@ def test_what_no_operator_reads_stays(before: Weight, soc: Soc) -> None:
 
 
 def test_the_output_projection_is_rounded_once_when_it_is_loaded() -> None:
-    before = weight("int8_channel", 128, 64, name="layers.0.attn.wo_a")
+    before = replace(weight("int8_channel", 128, 64), op="block_diagonal_linear")
     after = arranged(before, A3, BF16)
     assert (after.format.name, after.scale) == ("bf16", None)
     assert torch.equal(after.data, dequantize(before, BF16))
