@@ -46,7 +46,7 @@ $(ASCEND)/installed: pyproject.toml constraints.txt
 	test -x $(ASCEND)/bin/python || $(PYTHON) -m venv $(ASCEND)
 	$(ASCEND)/bin/python -m pip install -q -c constraints.txt torch
 	$(ASCEND)/bin/python -m pip install -q -c constraints.txt --no-deps torch_npu
-	$(ASCEND)/bin/python -m pip install -q -c constraints.txt -e . pytest pytest-timeout
+	$(ASCEND)/bin/python -m pip install -q -c constraints.txt -e '.[tokenizer]' pytest pytest-timeout
 	touch $@
 
 clean:
