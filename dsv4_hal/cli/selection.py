@@ -84,7 +84,7 @@ def explain(
         console = common.console()
         console.print(_table(ops))
         console.print(escape(_summary(ops, run.model, run.assume)), soft_wrap=True)
-        for name, why in _passed_over(ops, others).items():
+        for name, why in _passed_over(ops, others, run.assume).items():
             console.print(escape(f"passed over: {name} ({why})"), soft_wrap=True)
     if run.strict and refused:
         raise BackendError("strict: " + "\n  ".join(refused))
@@ -116,12 +116,14 @@ def _involved(ops: Resolved) -> set[str]:
     return {n for r in ops.resolutions for n in (r.wanted, r.backend, *(name for name, _ in r.rejected))}
 
 
-def _passed_over(ops: Resolved, others: list[BackendInfo]) -> Mapping[str, str]:
-    """Backends that serve no op and were not asked to, and why; where something can be installed, what."""
+def _passed_over(ops: Resolved, others: list[BackendInfo], assume: str | None) -> Mapping[str, str]:
+    """Backends that serve no op and were not asked to, and why; where something can be installed, what. With another
+    machine assumed, what they say of it helps nobody who did not name them."""
 
     def why(info: BackendInfo) -> str:
         remedy = f"; {info.remedy}" if info.remedy else ""
-        return info.reason + remedy if not info.available else ops.passed.get(info.name, "not named in this run")
+        there = info.available or assume is not None
+        return ops.passed.get(info.name, "not named in this run") if there else info.reason + remedy
 
     return {info.name: why(info) for info in others}
 
@@ -137,7 +139,7 @@ def _report(
         "model": model,
         "counts": {kind: sum(r.runs_as == kind for r in ops.resolutions) for kind in common.KINDS},
         "ops": [_row(r) for r in ops.resolutions],
-        "passed_over": dict(_passed_over(ops, others)),
+        "passed_over": dict(_passed_over(ops, others, assume)),
         "strict": strict is not None,
         "refused": strict or [],
     }
