@@ -490,9 +490,17 @@ def _write(
     os.umask(umask)
     folder.chmod(0o777 & ~umask)
     for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)  # safetensors writes for the owner only
-        _sync(path)
+        finish_file(path)
     _sync(folder)
+
+
+def finish_file(path: Path) -> None:
+    """Give a file that safetensors wrote, for its owner only, the usual permissions, and wait until it is on the
+    disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    _sync(path)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

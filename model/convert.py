@@ -25,7 +25,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4_hal.formats import FORMATS, Format, QTensor, dequantize, quantize
-from dsv4_hal.model.checkpoint import INDEX, SINGLE, CheckpointError, Stored, checked_table, format_in, read_metadata
+from dsv4_hal.model.checkpoint import (
+    INDEX,
+    SINGLE,
+    CheckpointError,
+    Stored,
+    checked_table,
+    finish_file,
+    format_in,
+    read_metadata,
+)
 from dsv4_hal.model.config import ModelConfig, load_config, stored_as
 from dsv4_hal.model.weights import WeightSpec, scale_name, weight_table
 
@@ -121,11 +130,11 @@ def _convert(
                     held |= made
                     changes += change
             _save(held, target / file, metadata)
-            journal.add(file, {name: t.nbytes for name, t in held.items()}, changes)
+            journal.add(target / file, {name: t.nbytes for name, t in held.items()}, changes)
         read += sum(found[n].nbytes for name, _ in tensors for n in (name, scale_name(name)) if n in found)
         progress(read, total)
     for other in sorted(source.iterdir()):
-        if other.is_file() and other.suffix != ".safetensors" and other.name not in (INDEX, "config.json"):
+        if other.is_file() and other.suffix != ".safetensors" and other.name not in (INDEX, "config.json", JOURNAL):
             shutil.copyfile(other, target / other.name)
     return journal.finish(wanted, sum(path.stat().st_size for path in {stored.file for stored in found.values()}))
 
@@ -172,8 +181,11 @@ def _tensor(
     if not bool(values.isfinite().all()):
         raise CheckpointError(f"{found[name].file}: tensor {name} holds NaN or infinity")
     stored = to_format(values, FORMATS[wanted]) if values.dim() > 1 else quantize(values, FORMATS[wanted])
+    again = dequantize(stored, torch.float32)
+    if not bool(again.isfinite().all()):
+        raise CheckpointError(f"{found[name].file}: tensor {name} holds values too large for {wanted}")
     made = {name: stored.data} | ({} if stored.scale is None else {scales: stored.scale})
-    return made, [_change(name, have, wanted, values, dequantize(stored, torch.float32))]
+    return made, [_change(name, have, wanted, values, again)]
 
 
 def to_format(values: Tensor, fmt: Format) -> QTensor:
@@ -212,8 +224,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
     """The file is whole under its name, or not there: on the disk too, before a journal says that it is done."""
     partial = path.with_suffix(".partial")
     save_file({name: t.contiguous() for name, t in tensors.items()}, partial, {"format": "pt", **metadata})
-    with partial.open("rb+") as written:
-        os.fsync(written.fileno())
+    finish_file(partial)
     os.replace(partial, path)
 
 
@@ -240,26 +251,29 @@ class _Journal:
     def open(cls, folder: Path, about: Mapping[str, str]) -> _Journal:
         """Of a folder that is new or empty, or that a conversion like this was stopped in."""
         path = folder / JOURNAL
-        if not path.is_file():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+            whole = [line for line in lines if line.endswith("\n")]
+            begun, *entries = map(json.loads, whole or [json.dumps(about)])
+            done = {line["file"]: line for line in entries if _is_whole(folder / line["file"], line["nbytes"])}
+            to = begun["to"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: is no journal of a conversion: {error!r}") from error
+        if begun != about:
+            other = f"to {to}" if to != about["to"] else "of another source"
+            raise CheckpointError(f"{folder}: holds a conversion {other}, begun and not ended; remove it first")
+        if not whole:  # new, or stopped before anything was done
+            if folder.exists() and (not folder.is_dir() or any(found != path for found in folder.iterdir())):
                 raise CheckpointError(f"{folder}: exists and is not an empty directory; nothing is overwritten")
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(about) + "\n", encoding="utf-8")
-            return cls(folder, {})
-        whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        try:
-            begun, *lines = map(json.loads, whole)
-            done = {line["file"]: line for line in lines if (folder / line["file"]).is_file()}
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: is no journal of a conversion: {error}") from error
-        if begun != about:
-            other = f"to {begun.get('to')}" if begun.get("to") != about["to"] else "of another source"
-            raise CheckpointError(f"{folder}: holds a conversion {other}, begun and not ended; remove it first")
-        path.write_text("".join(whole), encoding="utf-8")  # without a last line that was cut off
+        else:  # without a last line that was cut off; in place, which a full disk allows
+            os.truncate(path, len("".join(whole).encode()))
         return cls(folder, done)
 
-    def add(self, file: str, tensors: Mapping[str, int], changes: list[Change]) -> None:
-        line = {"file": file, "tensors": tensors, "changes": [asdict(change) for change in changes]}
+    def add(self, path: Path, tensors: Mapping[str, int], changes: list[Change]) -> None:
+        file, told = path.name, [asdict(change) for change in changes]
+        line = {"file": file, "nbytes": path.stat().st_size, "tensors": tensors, "changes": told}
         with (self.folder / JOURNAL).open("a", encoding="utf-8") as journal:
             journal.write(json.dumps(line) + "\n")
             journal.flush()
@@ -285,6 +299,11 @@ class _Journal:
         partial = self.folder / f"{name}.partial"
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, self.folder / name)
+
+
+def _is_whole(path: Path, nbytes: int) -> bool:
+    """Whether the file is there, and as long as it was written: not so where the machine went down with it."""
+    return path.is_file() and path.stat().st_size == nbytes
 
 
 def table(made: Conversion) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,10 @@ def sharded(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (out / "generation_config.json").write_text('{"top_p": 0.9}')
     assert len(list(out.glob("*.safetensors"))) > 3
     return out
+
+
+def stop(*args: object) -> None:
+    raise KeyboardInterrupt
 
 
 def matrices(folder: Path) -> dict[str, Weight]:
@@ -164,9 +169,6 @@ def test_every_file_is_opened_once(sharded: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_another_conversion_is_not_gone_on_with(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*args: object) -> None:
-        raise KeyboardInterrupt
-
     out = tmp_path / "out"
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(module, "_save", stop)
@@ -176,9 +178,58 @@ def test_another_conversion_is_not_gone_on_with(sharded: Path, tmp_path: Path, m
     os.utime(sharded / "model-00001-of-00005.safetensors", (1, 1))
     with pytest.raises(CheckpointError, match="holds a conversion of another source, begun"):
         convert(sharded, out, "ascend-a3-w8a8")
-    (out / JOURNAL).write_text("[1]\n3\n")
-    with pytest.raises(CheckpointError, match="is no journal of a conversion"):
+    for damaged in (b"[1]\n3\n", b"[1]\n", b"\xff\n", b"[" * 100_000 + b"\n"):
+        (out / JOURNAL).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"{JOURNAL}: is no journal of a conversion"):
+            convert(sharded, out, "ascend-a3-w8a8")
+
+
+def test_what_a_machine_that_went_down_leaves(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A journal without a whole line is begun anew; a file that is shorter than was written is written again."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / JOURNAL).write_text('{"source": "0')
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module._Journal, "finish", stop)
         convert(sharded, out, "ascend-a3-w8a8")
+    os.truncate(out / "model-00002-of-00005.safetensors", 100)
+    convert(sharded, out, "ascend-a3-w8a8")
+    load_weights(out, load_config(out))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / JOURNAL).touch()
+    (tmp_path / "other" / "a file").touch()
+    with pytest.raises(CheckpointError, match="exists and is not an empty directory"):
+        convert(sharded, tmp_path / "other", "bf16")
+
+
+def test_a_full_disk_leaves_the_journal(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *args: object, **options: object) -> int:
+        path.write_bytes(b"")  # as opening it does
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module._Journal, "finish", stop)
+        convert(sharded, tmp_path / "out", "bf16")
+    journal = (tmp_path / "out" / JOURNAL).read_bytes()
+    with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="No space left"):
+        patched.setattr(Path, "write_text", full)
+        convert(sharded, tmp_path / "out", "bf16")
+    assert (tmp_path / "out" / JOURNAL).read_bytes() == journal
+
+
+def test_a_journal_of_the_source_is_not_copied(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = shutil.copytree(sharded, tmp_path / "source")
+    (source / JOURNAL).write_text("of another conversion")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module._Journal, "finish", stop)
+        convert(source, tmp_path / "out", "bf16")
+    convert(source, tmp_path / "out", "bf16")
+
+
+def test_files_have_the_usual_permissions(sharded: Path, tmp_path: Path) -> None:
+    convert(sharded, tmp_path / "out", "bf16")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(set(modes.values())) == 1, modes
 
 
 def test_what_cannot_be_converted(sharded: Path, tiny_dir: Path, tmp_path: Path) -> None:
@@ -199,6 +250,11 @@ def test_what_cannot_be_converted(sharded: Path, tiny_dir: Path, tmp_path: Path)
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=f"{file.name}: tensor {name} holds NaN or infinity"):
         convert(tmp_path / "bf16", tmp_path / "poisoned", "ascend-a3-w8a8")
+    save_file(tensors | {name: torch.full(tensors[name].shape, 3.4e38)}, file)
+    config = tmp_path / "bf16" / "config.json"
+    config.write_text(config.read_text().replace('"bfloat16"', '"float32"'))
+    with pytest.raises(CheckpointError, match=f"{file.name}: tensor {name} holds values too large for bf16"):
+        convert(tmp_path / "bf16", tmp_path / "large", "bf16")
     (tmp_path / "bf16" / INDEX).unlink()
     with pytest.raises(CheckpointError, match="holds neither"):
         convert(tmp_path / "bf16", tmp_path / "headless", "ascend-a3-w8a8")
