@@ -34,7 +34,7 @@ def package() -> Verdict:
             False, "torch_npu is not installed", f"install CANN, then pip install --no-deps torch_npu=={version}"
         )
     try:
-        module = load()
+        number = load().__version__
     except (Exception, SystemExit) as error:
         chain = described(error) if error.__cause__ is None else f"{described(error)} ({described(error.__cause__)})"
         what = chain.partition("\n")[0]
@@ -49,7 +49,7 @@ def package() -> Verdict:
             f"torch_npu does not load: {what}",
             f"install the torch_npu that is built for torch {version}, and the CANN that it names",
         )
-    return Verdict(True, f"torch_npu {module.__version__}")
+    return Verdict(True, f"torch_npu {number}")
 
 
 @cache
@@ -58,8 +58,8 @@ def device_name() -> Verdict:
     found = package()
     if not found:
         return found
-    npu = load().npu
     try:
+        npu = load().npu
         if not npu.device_count():
             return Verdict(False, f"{found.reason} finds no NPU", "load the driver: npu-smi info must list a device")
         return Verdict(True, str(npu.get_device_name(0)))

@@ -93,6 +93,8 @@ def test_without_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None:
             "built for torch",
         ),
         ("raise SystemExit(3)", "torch_npu does not load: SystemExit: 3", "built for torch"),
+        ("", "torch_npu does not load: AttributeError: module 'torch_npu' has no attribute '__version__'", "torch_npu"),
+        ("__version__ = '2'", "torch_npu 2 cannot say which NPU this is: AttributeError", "set_env.sh"),
     ],
 )
 def test_a_torch_npu_that_does_not_load(package: Package, source: str, reason: str, remedy: str) -> None:
