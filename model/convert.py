@@ -41,6 +41,7 @@ from dsv4_hal.model.weights import WeightSpec, scale_name, weight_table
 # Name of a target -> how its weights are stored, a key of `config.STORED_AS`.
 TARGETS: Mapping[str, str] = MappingProxyType({"bf16": "bfloat16", "ascend-a3-w8a8": "w8a8", "ascend-a3-w4a8": "w4a8"})
 JOURNAL, REPORT, TABLE = "conversion.jsonl", "conversion.json", "conversion.md"
+WORK = "conversion.partial"  # folder of the file that is being written: safetensors leaves more than its name there
 SHRINK = tuple(1 - 0.03 * step for step in range(11))  # of the scale of an INT4 row, to find the one of least error
 
 
@@ -222,7 +223,8 @@ def _change(name: str, have: str, wanted: str, values: Tensor, made: Tensor) -> 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """The file is whole under its name, or not there: on the disk too, before a journal says that it is done."""
-    partial = path.with_suffix(".partial")
+    partial = path.parent / WORK / path.name
+    partial.parent.mkdir(exist_ok=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, partial, {"format": "pt", **metadata})
     finish_file(partial)
     os.replace(partial, path)
@@ -269,6 +271,7 @@ class _Journal:
             path.write_text(json.dumps(about) + "\n", encoding="utf-8")
         else:  # without a last line that was cut off; in place, which a full disk allows
             os.truncate(path, len("".join(whole).encode()))
+            shutil.rmtree(folder / WORK, ignore_errors=True)
         return cls(folder, done)
 
     def add(self, path: Path, tensors: Mapping[str, int], changes: list[Change]) -> None:
@@ -292,6 +295,7 @@ class _Journal:
         self._write(REPORT, asdict(made))
         (self.folder / TABLE).write_text(table(made), encoding="utf-8")
         self._write("config.json", cfg.to_dict())
+        shutil.rmtree(self.folder / WORK, ignore_errors=True)
         (self.folder / JOURNAL).unlink()
         return made
 

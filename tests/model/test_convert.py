@@ -17,7 +17,7 @@ from dsv4_hal.formats import FORMATS, Weight, dequantize, quantize
 from dsv4_hal.model import convert as module
 from dsv4_hal.model.checkpoint import INDEX, CheckpointError, load_weights, save_checkpoint, unstack
 from dsv4_hal.model.config import ModelConfig, load_config
-from dsv4_hal.model.convert import JOURNAL, REPORT, TABLE, TARGETS, convert, to_format
+from dsv4_hal.model.convert import JOURNAL, REPORT, TABLE, TARGETS, WORK, convert, to_format
 from dsv4_hal.model.weights import weight_table
 from dsv4_hal.numerics import numerics_for
 
@@ -124,7 +124,8 @@ def test_it_goes_on_where_it_was_stopped(sharded: Path, tmp_path: Path, monkeypa
         def saved(tensors: object, path: Path, *rest: object) -> None:
             saves.append(path.name)
             if len(saves) == file:
-                path.with_suffix(".partial").write_bytes(b"half a file")
+                for name in (path.name, ".tmpxyz"):  # safetensors writes under a name of its own first
+                    (path.parent / WORK / name).write_bytes(b"half a file")
                 raise KeyboardInterrupt
             save(tensors, path, *rest)  # type: ignore[arg-type]
 
@@ -224,6 +225,24 @@ def test_a_journal_of_the_source_is_not_copied(sharded: Path, tmp_path: Path, mo
         patched.setattr(module._Journal, "finish", stop)
         convert(source, tmp_path / "out", "bf16")
     convert(source, tmp_path / "out", "bf16")
+
+
+def test_a_process_that_is_killed_leaves_nothing_behind(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is killed: safetensors itself writes to a file of another name first."""
+    out, save_file = tmp_path / "out", module.save_file
+
+    def killed(tensors: object, path: Path, metadata: object) -> None:
+        (path.parent / ".tmpRjrqlm").write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(module, "save_file", killed)
+        convert(sharded, out, "bf16")
+    monkeypatch.setattr(module, "save_file", save_file)
+    convert(sharded, out, "bf16")
+    assert {path.suffix for path in out.iterdir()} == {".safetensors", ".json", ".md"}, list(out.iterdir())
 
 
 def test_files_have_the_usual_permissions(sharded: Path, tmp_path: Path) -> None:
