@@ -268,9 +268,7 @@ def _typed(key: str, text: str) -> Any:
         if kind in (int, float):
             return kind(text)
     if kind is bool:
-        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(
-            text.lower(), text
-        )
+        return _TRUTH.get(text.lower(), text)
     return text
 
 
@@ -355,6 +353,7 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 _LEAVES = dict(_keys(Run))
+_TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 _SHOWN = 10  # problems listed at most
 _BAD_VALUE = (
     yaml.YAMLError,

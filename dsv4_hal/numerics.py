@@ -98,6 +98,8 @@ def numerics_for(mode: str, dtype: torch.dtype | None = None) -> Numerics:
 
     ValueError names the nearest one for a mode that is not known, and says of a declared one why it does not load.
     """
+    if mode in MODES and mode in _declared():
+        raise ValueError(f"mode {mode} is this project's, and {_declared()[mode][0].value} declares one of that name")
     if mode == "exact":
         return exact(dtype or torch.float32)
     found = deployed() if mode == "deployed" else _load(mode)
@@ -109,12 +111,17 @@ def numerics_for(mode: str, dtype: torch.dtype | None = None) -> Numerics:
 
 def mode_names() -> tuple[str, ...]:
     """exact, deployed, and the profiles that installed packages declare."""
-    return (*MODES, *sorted(_declared()))
+    return (*MODES, *sorted(_declared().keys() - set(MODES)))
 
 
 @cache
-def _declared() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+def _declared() -> dict[str, list[EntryPoint]]:
+    """Entry points by name: several where packages claim the same one."""
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=GROUP):
+        if entry.value not in [other.value for other in found.setdefault(entry.name, [])]:
+            found[entry.name].append(entry)
+    return found
 
 
 def _load(mode: str) -> Numerics:
@@ -122,7 +129,10 @@ def _load(mode: str) -> Numerics:
         near = get_close_matches(mode, mode_names(), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"unknown mode {mode!r}: there are {', '.join(mode_names())}{hint}")
-    entry = _declared()[mode]
+    entry, *others = _declared()[mode]
+    if others:
+        claims = ", ".join(one.value for one in (entry, *others))
+        raise ValueError(f"mode {mode} is declared more than once: {claims}; uninstall all but one")
     try:
         found = entry.load()
     except (Exception, SystemExit) as error:  # a vendor's package may fail in any way it likes

@@ -9,6 +9,7 @@ float32.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -89,8 +90,8 @@ def convert(
     progress  called with (bytes read, bytes in all)
 
     A folder that a conversion of the same source to the same format was stopped in is gone on with. CheckpointError:
-    it holds anything else, the source is not sound or is `to` already, a tensor holds NaN or infinity, the disk
-    refuses.
+    it holds anything else, or another process writes it, the source is not sound or is `to` already, a tensor that is
+    converted holds NaN or infinity, the disk refuses.
     """
     if to not in TARGETS:
         raise ValueError(f"no target is called {to!r}; there are {', '.join(TARGETS)}")
@@ -244,17 +245,27 @@ class _Journal:
     """What is done, a line of JSON for each file, in the output folder.
 
     done     file -> its line
+    file     the journal, open and locked: two conversions never write one folder
     """
 
-    def __init__(self, folder: Path, done: dict[str, dict[str, Any]]) -> None:
-        self.folder, self.done = folder, done
+    def __init__(self, folder: Path, done: dict[str, dict[str, Any]], file: IO[str]) -> None:
+        self.folder, self.done, self.file = folder, done, file
 
     @classmethod
     def open(cls, folder: Path, about: Mapping[str, str]) -> _Journal:
         """Of a folder that is new or empty, or that a conversion like this was stopped in."""
         path = folder / JOURNAL
+        if folder.exists() and not path.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder}: exists and is not an empty directory; nothing is overwritten")
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
         try:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{folder}: another conversion is writing to it") from None
+        try:
+            file.seek(0)
+            lines = file.read().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]
             begun, *entries = map(json.loads, whole or [json.dumps(about)])
             done = {line["file"]: line for line in entries if _is_whole(folder / line["file"], line["nbytes"])}
@@ -265,22 +276,19 @@ class _Journal:
             other = f"to {to}" if to != about["to"] else "of another source"
             raise CheckpointError(f"{folder}: holds a conversion {other}, begun and not ended; remove it first")
         if not whole:  # new, or stopped before anything was done
-            if folder.exists() and (not folder.is_dir() or any(found != path for found in folder.iterdir())):
+            if any(found != path for found in folder.iterdir()):
                 raise CheckpointError(f"{folder}: exists and is not an empty directory; nothing is overwritten")
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(about) + "\n", encoding="utf-8")
+            os.truncate(path, 0)
+            _append(file, about)
         else:  # without a last line that was cut off; in place, which a full disk allows
             os.truncate(path, len("".join(whole).encode()))
             shutil.rmtree(folder / WORK, ignore_errors=True)
-        return cls(folder, done)
+        return cls(folder, done, file)
 
     def add(self, path: Path, tensors: Mapping[str, int], changes: list[Change]) -> None:
         file, told = path.name, [asdict(change) for change in changes]
         line = {"file": file, "nbytes": path.stat().st_size, "tensors": tensors, "changes": told}
-        with (self.folder / JOURNAL).open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps(line) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+        _append(self.file, line)
         self.done[file] = line
 
     def finish(self, cfg: ModelConfig, before: int) -> Conversion:
@@ -297,12 +305,20 @@ class _Journal:
         self._write("config.json", cfg.to_dict())
         shutil.rmtree(self.folder / WORK, ignore_errors=True)
         (self.folder / JOURNAL).unlink()
+        self.file.close()
         return made
 
     def _write(self, name: str, content: Any) -> None:
         partial = self.folder / f"{name}.partial"
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, self.folder / name)
+
+
+def _append(file: IO[str], line: Any) -> None:
+    """Write a line of JSON, and wait until it is on the disk."""
+    file.write(json.dumps(line) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _is_whole(path: Path, nbytes: int) -> bool:

@@ -26,7 +26,8 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "text": f"{__name__}:NOT_A_PROFILE",
         "gone": "no_such_package:PROFILE",
     }
-    entries = {name: EntryPoint(name, value, numerics.GROUP) for name, value in values.items()}
+    entries = {name: [EntryPoint(name, value, numerics.GROUP)] for name, value in values.items()}
+    entries["twice"] = [EntryPoint("twice", value, numerics.GROUP) for value in ("one:P", "two:P")]
     monkeypatch.setattr(numerics, "_declared", lambda: entries)
     loads = EntryPoint.load
     here = {"CHIP": CHIP, "NOT_A_PROFILE": NOT_A_PROFILE}
@@ -44,7 +45,7 @@ def test_the_two_modes() -> None:
 
 @pytest.mark.usefixtures("declared")
 def test_a_declared_profile_is_a_mode() -> None:
-    assert mode_names() == ("exact", "deployed", "chip", "gone", "other", "text")
+    assert mode_names() == ("exact", "deployed", "chip", "gone", "other", "text", "twice")
     assert numerics_for("chip") == numerics_for("chip", torch.bfloat16) == CHIP
     with pytest.raises(ValueError, match=r"mode chip stores activations in bfloat16"):
         numerics_for("chip", torch.float32)
@@ -57,9 +58,18 @@ def test_a_declared_profile_is_a_mode() -> None:
         ("other", "mode other: .*:CHIP is Numerics.*, not a profile of that name"),
         ("text", "mode text: .*:NOT_A_PROFILE is 'a text', not a profile"),
         ("gone", "mode gone: no_such_package:PROFILE does not load: ModuleNotFoundError: No module named"),
+        ("twice", "mode twice is declared more than once: one:P, two:P; uninstall all but one"),
         ("chp", "unknown mode 'chp': there are exact, deployed, chip, .*; did you mean chip?"),
     ],
 )
 def test_what_is_no_profile(mode: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         numerics_for(mode)
+
+
+def test_the_two_modes_are_not_redeclared(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("exact", "vendor:EXACT", numerics.GROUP)
+    monkeypatch.setattr(numerics, "_declared", lambda: {"exact": [entry]})
+    assert mode_names() == ("exact", "deployed")
+    with pytest.raises(ValueError, match="mode exact is this project's, and vendor:EXACT declares one of that name"):
+        numerics_for("exact")

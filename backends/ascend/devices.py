@@ -102,6 +102,6 @@ def assumed() -> Soc | None:
 def emulated() -> bool:
     """Whether operators shall be computed by the emulator. ValueError for a value that is neither true nor false."""
     value = os.environ.get(EMULATE, "false").lower()
-    if value not in ("true", "yes", "on", "false", "no", "off"):
+    if value not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
         raise ValueError(f"{EMULATE}={value}: must be true or false")
-    return value in ("true", "yes", "on")
+    return value in ("true", "yes", "on", "1")

@@ -291,3 +291,18 @@ def test_the_reference_runs_it_in_the_profile_of_the_device(to: str, sharded: Pa
     a, b = (model(tokens, model.new_cache(1, 64)).float() for model in (want, got))
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1).mean()
     assert float(cosine) > (0.98 if to.endswith("w8a8") else 0.9)
+
+
+def test_two_conversions_never_write_one_folder(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, told = module._save, []
+
+    def meanwhile(*args: object) -> None:
+        if not told:
+            with pytest.raises(CheckpointError, match="another conversion is writing to it") as caught:
+                convert(sharded, tmp_path / "out", "bf16")
+            told.append(str(caught.value))
+        save(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_save", meanwhile)
+    convert(sharded, tmp_path / "out", "bf16")
+    assert told and load_config(tmp_path / "out").quantization_config is None
