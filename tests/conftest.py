@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -75,6 +77,15 @@ SMALL = {
     "eos_token_id": 1,
     "initializer_range": 0.02,
 }
+
+
+@pytest.fixture(autouse=True)
+def the_same_numbers_every_time(request: pytest.FixtureRequest) -> None:
+    """What a test draws hangs on its name alone."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 @pytest.fixture(autouse=True)
