@@ -47,9 +47,9 @@ def test_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value, meant in (("true", True), ("On", True), ("no", False), ("false", False)):
+    for value, meant in (("true", True), ("On", True), ("1", True), ("no", False), ("false", False), ("0", False)):
         monkeypatch.setenv(EMULATE, value)
         assert emulated() is meant
-    monkeypatch.setenv(EMULATE, "1")
+    monkeypatch.setenv(EMULATE, "2")
     with pytest.raises(ValueError, match="must be true or false"):
         emulated()
