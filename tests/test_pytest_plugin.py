@@ -50,6 +50,7 @@ def session(vendor: pytest.Pytester, *options: str) -> pytest.RunResult:
     return vendor.runpytest_subprocess("--dsv4-backend", "faulty", "--dsv4-mode", "exact", *options)
 
 
+@pytest.mark.full
 def test_every_case_is_a_test(vendor: pytest.Pytester) -> None:
     waive(vendor, UNFIXED)
     result = session(vendor, "--dsv4-op", "hadamard", "--dsv4-limit", "4", "-v", "-rx")
@@ -75,6 +76,7 @@ def test_stale_waivers_fail_the_session(vendor: pytest.Pytester) -> None:
     assert len(told) == 1 and f"stale waiver: {FIXED} of 2026-11-25: no case of it fails" in told[0]
 
 
+@pytest.mark.full
 def test_what_does_not_run_says_why(vendor: pytest.Pytester) -> None:
     code = FAULTY.replace('name = "faulty"', 'name = "faulty"\n    affords = "tiny"')
     (vendor.path / "site" / "faulty_module.py").write_text(code)
@@ -83,6 +85,7 @@ def test_what_does_not_run_says_why(vendor: pytest.Pytester) -> None:
     assert "a case of size quick: the backend affords tiny at most" in result.stdout.str()
 
 
+@pytest.mark.full
 def test_a_backend_that_cannot_be_used_fails_every_test(vendor: pytest.Pytester) -> None:
     (vendor.path / "site" / "faulty_module.py").write_text("raise OSError('libfaulty.so')")
     result = session(vendor, "--dsv4-op", "hadamard")

@@ -140,6 +140,7 @@ def test_without_transformers_that_is_said(monkeypatch: pytest.MonkeyPatch) -> N
 # Golden vectors.
 
 
+@pytest.mark.full
 def test_golden_vectors_agree(tiny_dir: Path) -> None:
     found = list(golden.outcomes(tiny_dir, golden.chosen(tiny_dir)))
     assert [o.verdict for o in found] == ["agrees"] * 13, [o for o in found if not o.ok]
