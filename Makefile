@@ -23,7 +23,7 @@ test-ascend: $(ASCEND)/installed
 full: $(VENV)/installed-test $(ASCEND)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not browser"
 	bash ci/kernels.sh $(BIN) full
-	SIZE=quick bash ci/ascend.sh $(ASCEND)/bin
+	bash ci/ascend.sh $(ASCEND)/bin
 	bash ci/apart.sh $(BIN) $(ASCEND)/bin
 
 lint: $(VENV)/installed-test

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The Ascend backend, emulated: the real torch_npu on stub libraries in CANN's place, in an environment of its own, since
 # an installed torch_npu without CANN breaks a plain `import torch`. One process emulates one SoC.
-#   bash ci/ascend.sh .venv-ascend/bin       SIZE=quick runs longer cases
+#   bash ci/ascend.sh .venv-ascend/bin       SIZE=tiny runs the smallest cases only
 set -euo pipefail
 bin=$(cd "$1" && pwd)
 work=$(mktemp -d)
@@ -12,7 +12,7 @@ for soc in ascend910_93 ascend950; do
   DSV4_HAL_ASSUME=$soc "$bin/python" -m pytest tests/backends/ascend
 done
 for mode in a3 a5; do
-  "$bin/dsv4-hal" conform --backend ascend --mode "$mode" --size "${SIZE:-tiny}"
+  "$bin/dsv4-hal" conform --backend ascend --mode "$mode" --size "${SIZE:-quick}"
 done
 "$bin/dsv4-hal" convert tests/data/tiny --to ascend-a3-w4a8 --out "$work/w4a8"
 "$bin/dsv4-hal" compare --backends reference,ascend --model "$work/w4a8" --mode a3
