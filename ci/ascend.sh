@@ -6,6 +6,12 @@ set -euo pipefail
 bin=$(cd "$1" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+if ! command -v gcc > /dev/null || ! command -v nm > /dev/null; then
+  if ! { apt-get update -q && apt-get install -qy gcc libc6-dev binutils; }; then
+    echo "ascend: gcc and nm are needed to make stub libraries, and apt-get could not install them" >&2
+    exit 1
+  fi
+fi
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0 DSV4_HAL_EMULATE=true OMP_NUM_THREADS=1
 "$bin/python" -m dsv4_hal.backends.ascend.emulator.build
 for soc in ascend910_93 ascend950; do
