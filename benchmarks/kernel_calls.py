@@ -88,7 +88,7 @@ def calls(model: str, mode: str, compiled: list[Compiled], steps: Iterable[str] 
     """What a preset calls of the backend in `steps` of STEPS, and in "alone": what no step calls.
 
     compiled  the list of `ahead.compile_only`
-    The architecture is the one that is assumed (`devices.ASSUME`).
+    The architecture is the one that is assumed (`backend.ASSUME`).
     """
     cfg, numerics = preset(model), numerics_for(mode)
     ops, watch = watched(Cuda(numerics, "meta"), vars(cfg), compiled)

@@ -6,10 +6,12 @@ overrides op by op. Differences inside one vendor are data that its `supports` a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -23,6 +25,23 @@ Facts = Mapping[str, Any]
 
 UNRESTRICTED = "no restriction"
 """Reason of a verdict that has nothing to say."""
+
+
+ASSUME = "DSV4_HAL_ASSUME"
+"""Environment variable, and key `assume` of a run: the device to choose kernels for, without having it."""
+
+T = TypeVar("T")
+
+
+def assumed(known: Mapping[str, T], kind: str) -> T | None:
+    """Which of a backend's devices, by name, is assumed; None where none is. kind: what they are, in the ValueError
+    that names the nearest one for a name that is not known."""
+    name = os.environ.get(ASSUME)
+    if name is None or name in known:
+        return None if name is None else known[name]
+    near = get_close_matches(name, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"{ASSUME}={name}: no such {kind}; known are {', '.join(known)}{hint}")
 
 
 class BackendError(RuntimeError):

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from types import MappingProxyType
 
-ASSUME = "DSV4_HAL_ASSUME"  # environment variable, and key `assume` of a run: the SoC to choose operators for
+from dsv4_hal import backend
+
 EMULATE = "DSV4_HAL_EMULATE"  # environment variable, and key `emulate` of a run: operators computed on the CPU
 
 
@@ -87,16 +87,7 @@ def soc_of(device: str) -> Soc:
 
 def assumed() -> Soc | None:
     """The SoC that is assumed, if one is. ValueError names the nearest one for a name that is not known."""
-    name = os.environ.get(ASSUME)
-    if name is None:
-        return None
-    if name not in SOCS:
-        near = get_close_matches(name, SOCS, 1)
-        raise ValueError(
-            f"{ASSUME}={name}: no such SoC; known are {', '.join(SOCS)}"
-            + (f"; did you mean {near[0]}?" if near else "")
-        )
-    return SOCS[name]
+    return backend.assumed(SOCS, "SoC")
 
 
 def emulated() -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from types import MappingProxyType
 
 import torch
 
-ASSUME = "DSV4_HAL_ASSUME"  # environment variable, and key `assume` of a run: the architecture to choose kernels for
+from dsv4_hal import backend
 
 
 @dataclass(frozen=True)
@@ -59,16 +57,7 @@ def arch_of(capability: tuple[int, int]) -> Arch | None:
 
 def assumed() -> Arch | None:
     """The architecture that is assumed, if one is. ValueError names the nearest one for a name that is not known."""
-    name = os.environ.get(ASSUME)
-    if name is None:
-        return None
-    if name not in ARCHS:
-        near = get_close_matches(name, ARCHS, 1)
-        raise ValueError(
-            f"{ASSUME}={name}: no such architecture; known are {', '.join(ARCHS)}"
-            + (f"; did you mean {near[0]}?" if near else "")
-        )
-    return ARCHS[name]
+    return backend.assumed(ARCHS, "architecture")
 
 
 def present() -> Arch | None:

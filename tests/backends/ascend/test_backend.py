@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv4_hal.backend import BackendError
+from dsv4_hal.backend import ASSUME, BackendError
 from dsv4_hal.backends.ascend import Ascend, runtime
-from dsv4_hal.backends.ascend.devices import ASSUME, DEFAULT, EMULATE, SOCS
+from dsv4_hal.backends.ascend.devices import DEFAULT, EMULATE, SOCS
 from dsv4_hal.dispatch import Resolution, Resolved, select
 from dsv4_hal.model.config import find_config
 from dsv4_hal.numerics import deployed, exact, numerics_for

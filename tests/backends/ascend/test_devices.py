@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from dsv4_hal.backends.ascend.devices import ASSUME, DEFAULT, EMULATE, SOCS, assumed, emulated, soc_of
+from dsv4_hal.backend import ASSUME
+from dsv4_hal.backends.ascend.devices import DEFAULT, EMULATE, SOCS, assumed, emulated, soc_of
 
 
 @pytest.mark.parametrize(
