@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_hal.backends.triton_kernels.numbers import exponential, logarithm
 from dsv4_hal.backends.triton_kernels.rows import Rows, locate, of, read
 from dsv4_hal.backends.triton_kernels.runtime import DTYPES, launch
 
@@ -65,7 +66,7 @@ def _scores(q, keys, there, scale):
 @triton.jit
 def _add(acc, mass, q, keys, there, scale, peak, PROBS: tl.constexpr):
     """acc [HEADS, width] and mass [HEADS, KEYS], with one block of keys more."""
-    p = tl.exp(_scores(q, keys, there, scale) - peak[:, None])
+    p = tl.where(there[None], exponential(_scores(q, keys, there, scale) - peak[:, None]), 0.0)
     narrow = p.to(PROBS)
     if keys.dtype != PROBS:
         narrow, keys = narrow.to(tl.float32), keys.to(tl.float32)
@@ -110,7 +111,7 @@ def _peaks(
     for start in range(tl.where(part == 0, tl.maximum(stop - WINDOW, 0), stop), stop, KEYS):
         keys, seen = _window_keys(window, sequence, start, stop, KEYS)
         peak = tl.maximum(peak, _scores(query, keys, seen, scale))
-    if entries is not None:
+    if RATIO:
         last = tl.minimum((part + 1) * SPLIT, places) if SPREAD else places
         for start in range(part * SPLIT, last, KEYS):
             keys, seen = _entry_keys(entries, picks, sequence, start, last, visible, KEYS)
@@ -133,14 +134,14 @@ def _finish(acc, total, peak, sink, out, lse, token, head, heads, DIM: tl.conste
     """Weighted sum [HEADS, WIDTH] and sum of weights [HEADS] -> rows of the result, and the log of the sum; zeros and
     -inf without any key."""
     there = head < heads
-    denominator = total + tl.exp(tl.load(sink + head, mask=there, other=0.0).to(tl.float32) - peak)
+    denominator = total + exponential(tl.load(sink + head, mask=there, other=0.0).to(tl.float32) - peak)
     none = total == 0.0
     value = tl.where(none[:, None], 0.0, acc / denominator[:, None])
     row, column = token * heads + head, tl.arange(0, WIDTH)[None]
     place = out + row[:, None] * DIM + column
     tl.store(place, value.to(out.dtype.element_ty), mask=there[:, None] & (column < DIM))
     if lse is not None:
-        known = tl.log(tl.where(none, 1.0, total)) + peak
+        known = logarithm(tl.where(none, 1.0, total)) + peak
         tl.store(lse + row, tl.where(none, float("-inf"), known), mask=there)
 
 
@@ -197,7 +198,7 @@ def _attend(
         for start in range(tl.where(split == 0, tl.maximum(stop - WINDOW, 0), stop), stop, KEYS):
             keys, seen = _window_keys(window, sequence, start, stop, KEYS)
             acc, mass = _add(acc, mass, query, keys, seen, scale, peak, PROBS)
-        if entries is not None:
+        if RATIO:
             last = tl.minimum((split + 1) * SPLIT, places)
             for start in range(split * SPLIT, last, KEYS):
                 keys, seen = _entry_keys(entries, picks, sequence, start, last, visible, KEYS)

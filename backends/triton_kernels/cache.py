@@ -17,6 +17,7 @@ from dsv4_hal.backends.triton_kernels.numbers import (
     nearest,
     round_e2m1,
     round_e4m3,
+    exponential,
 )
 from dsv4_hal.backends.triton_kernels.runtime import DTYPES, as_rows, launch, power_of_two
 from dsv4_hal.formats import RowLayout
@@ -298,7 +299,7 @@ def _compress(
         value = tl.where(before, tl.load(kept, mask=before, other=0.0), value)
         logit = tl.where(before, tl.load(kept + width, mask=before, other=0.0), logit)
     logit = tl.where(at >= 0, logit, float("-inf"))
-    weight = tl.exp(logit - tl.max(logit, 1, keep_dims=True))
+    weight = tl.where(at >= 0, exponential(logit - tl.max(logit, 1, keep_dims=True)), 0.0)
     pooled = tl.div_rn(tl.sum(weight * value, 1, keep_dims=True), tl.sum(weight, 1, keep_dims=True))
     tl.store(out + entry * C + channel, pooled, mask=channel < C)
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_hal.backends.triton_kernels.norm_rope import row_root
+from dsv4_hal.backends.triton_kernels.numbers import exponential
 from dsv4_hal.backends.triton_kernels.runtime import launch, power_of_two
 
 CHUNK = 1024  # channels of one stream that one program of the projection sums
@@ -73,14 +74,14 @@ def _sums(parts, stride, row, there, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sigmoid(x):
-    return tl.div_rn(1.0, 1.0 + tl.exp(-x))
+    return tl.div_rn(1.0, 1.0 + exponential(-x))
 
 
 @triton.jit
 def _sinkhorn(logits, valid, eps, ITERS: tl.constexpr):
     """[n, n] float32 -> nearly doubly stochastic where valid, zero elsewhere. The first step over rows is a softmax."""
     logits = tl.where(valid, logits, float("-inf"))
-    c = tl.where(valid, tl.exp(logits - tl.max(logits, 1, keep_dims=True)), 0.0)
+    c = tl.where(valid, exponential(logits - tl.max(logits, 1, keep_dims=True)), 0.0)
     c = tl.where(valid, tl.div_rn(c, tl.sum(c, 1, keep_dims=True)) + eps, 0.0)
     c = tl.where(valid, tl.div_rn(c, tl.sum(c, 0, keep_dims=True) + eps), 0.0)
     for _ in range(ITERS - 1):

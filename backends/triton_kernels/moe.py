@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_hal.backends.triton_kernels.numbers import area_tangent, exponential
 from dsv4_hal.backends.triton_kernels.runtime import launch, power_of_two
 
 FEW = 4096  # ids that are ordered by comparing each with each: one launch, where counting takes three
@@ -16,25 +17,11 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes
 
 
 @triton.jit
-def exponential(x):
-    """exp of float32 x <= 0 to a few units in the last place, x below -87 taken as -87. A hardware exponential is off
-    by a share of x."""
-    x = tl.where(x < -87.0, -87.0, x)
-    whole = tl.floor(x * 1.4426950408889634 + 0.5)
-    rest = (x - whole * 0.693359375) + whole * 2.12194440e-4  # ln 2 in two parts, the first of few bits
-    power = ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    return tl.exp(rest) * power
-
-
-@triton.jit
 def softplus_root(x):
     """sqrt(log(1 + exp(x))) of float32 x to a few units in the last place: linear where x hides the logarithm."""
     e = exponential(-tl.abs(x))
     z = tl.div_rn(e, e + 2.0)  # log(1 + e) = 2 atanh(z), and z <= 1/3
-    z2 = z * z
-    tail = 1.0 / 11 + z2 * (1.0 / 13 + z2 * (1.0 / 15 + z2 * (1.0 / 17)))
-    tail = 1.0 / 3 + z2 * (1.0 / 5 + z2 * (1.0 / 7 + z2 * (1.0 / 9 + z2 * tail)))
-    return tl.sqrt_rn(tl.where(x > 0.0, x, 0.0) + 2.0 * (z + z * z2 * tail))
+    return tl.sqrt_rn(tl.where(x > 0.0, x, 0.0) + 2.0 * area_tangent(z))
 
 
 @triton.jit

@@ -46,7 +46,8 @@ def decode_e4m3(code):
     normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
     size = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.001953125, normal)  # 2^-9
     size = tl.where((wide & 0x7F) == 0x7F, float("nan"), size)
-    return tl.where(wide >= 128, -size, size)
+    # a minus is 0 - x to some versions of triton, and would lose the sign of zero
+    return (size.to(tl.int32, bitcast=True) | ((wide & 0x80) << 24)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -73,13 +74,14 @@ def encode_e4m3(x):
 
 @triton.jit
 def decode_e2m1(code):
-    """Codes 0..15 -> 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, float32."""
+    """Codes 0..15 -> 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, float32.
+
+    Its bits, put where a float32 has the same ones, are the value times 2^-126: subnormal for 0 and .5, which every
+    target multiplies exactly unless a kernel asks for the contrary.
+    """
     wide = code.to(tl.int32)
-    size = wide & 7
-    # codes 2..7 are floats of two bits of exponent and one of mantissa; 0 and 1 are halves
-    normal = (((size >> 1) + 126) << 23) | ((size & 1) << 22)
-    bits = tl.where(size < 2, tl.where(size == 1, 0x3F000000, 0), normal) | ((wide & 8) << 28)
-    return bits.to(tl.float32, bitcast=True)
+    bits = ((wide << 22) & (7 << 22)) | ((wide << 28) & -2147483648)
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
 
 
 @triton.jit
@@ -103,3 +105,35 @@ def encode_e2m1(x):
         tl.minimum(size, 2.0) * 2.0 + tl.minimum(tl.maximum(size - 2.0, 0.0), 2.0) + tl.maximum(size - 4.0, 0.0) * 0.5
     )
     return (code.to(tl.int32) | ((x.to(tl.int32, bitcast=True) >> 28) & 8)).to(tl.uint8)
+
+
+@triton.jit
+def exponential(x):
+    """exp of float32 x to a few units in the last place, x below -87 taken as -87; infinite from 88.4. A hardware
+    exponential is off by a share of x."""
+    x = tl.where(x < -87.0, -87.0, tl.where(x > 89.0, 89.0, x))
+    whole = tl.floor(x * 1.4426950408889634 + 0.5)
+    rest = (x - whole * 0.693359375) + whole * 2.12194440e-4  # ln 2 in two parts, the first of few bits
+    power = ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.exp(rest) * power
+
+
+@triton.jit
+def area_tangent(z):
+    """atanh of float32 z, |z| <= 1/3, to a few units in the last place."""
+    z2 = z * z
+    tail = 1.0 / 11 + z2 * (1.0 / 13 + z2 * (1.0 / 15 + z2 * (1.0 / 17)))
+    tail = 1.0 / 3 + z2 * (1.0 / 5 + z2 * (1.0 / 7 + z2 * (1.0 / 9 + z2 * tail)))
+    return z + z * z2 * tail
+
+
+@triton.jit
+def logarithm(x):
+    """Natural logarithm of a normal float32 x > 0 to a few units in the last place. A hardware logarithm is off by as
+    much near 1 as anywhere."""
+    bits = x.to(tl.int32, bitcast=True)
+    whole = (bits - 0x3F3504F3) >> 23  # so that what is left lies between the roots of 1/2 and of 2
+    left = (bits - (whole << 23)).to(tl.float32, bitcast=True)
+    rest = 2.0 * area_tangent(tl.div_rn(left - 1.0, left + 1.0))
+    whole = whole.to(tl.float32)
+    return whole * 0.693359375 + (rest - whole * 2.12194440e-4)
