@@ -15,12 +15,15 @@ from dsv4_hal import backend
 class Arch:
     """One architecture.
 
-    name    "sm_90" or "gfx942"
-    shared  bytes of shared memory that one block may use
-    tensor  columns of tensor memory; 0: there is none
-    warp    threads of a warp
-    fp8     whether matrix units multiply float8 (e4m3) as it is; elsewhere codes are widened to bfloat16, exactly
-    scaled  whether matrix units multiply MXFP4 and MXFP8 with their block scales; elsewhere codes are widened likewise
+    name      "sm_90" or "gfx942"
+    shared    bytes of shared memory that one block may use
+    tensor    columns of tensor memory; 0: there is none
+    warp      threads of a warp
+    fp8       whether it converts float8 (e4m3) by itself
+    products  whether matrix units multiply float8 and keep float32 sums; elsewhere codes are widened to bfloat16,
+              exactly. Ada's and Hopper's keep 14 bits of a sum (DeepSeek-V3 report, 3.3.2; seen on an H200: an attention
+              block is 4 times its budget off)
+    scaled    whether matrix units multiply MXFP4 and MXFP8 with their block scales; elsewhere codes are widened likewise
     """
 
     name: str
@@ -28,6 +31,7 @@ class Arch:
     tensor: int = 0
     warp: int = 32
     fp8: bool = False
+    products: bool = False
     scaled: bool = False
 
 
@@ -39,11 +43,11 @@ ARCHS: Mapping[str, Arch] = MappingProxyType(
             Arch("sm_86", 99 * 1024),
             Arch("sm_89", 99 * 1024, fp8=True),
             Arch("sm_90", 227 * 1024, fp8=True),
-            Arch("sm_100", 227 * 1024, tensor=512, fp8=True, scaled=True),
-            Arch("sm_103", 227 * 1024, tensor=512, fp8=True, scaled=True),
-            Arch("sm_120", 99 * 1024, fp8=True),
+            Arch("sm_100", 227 * 1024, tensor=512, fp8=True, products=True, scaled=True),
+            Arch("sm_103", 227 * 1024, tensor=512, fp8=True, products=True, scaled=True),
+            Arch("sm_120", 99 * 1024, fp8=True),  # how its units sum is not published
             Arch("gfx942", 64 * 1024, warp=64),  # its float8 is another format (fnuz)
-            Arch("gfx950", 160 * 1024, warp=64, fp8=True, scaled=True),
+            Arch("gfx950", 160 * 1024, warp=64, fp8=True, products=True, scaled=True),
         )
     }
 )

@@ -1,4 +1,5 @@
-"""The experts of a layer, routed and shared: two products with everything between them in the first one's kernel."""
+"""The routed experts of a layer: two products with everything between them in the first one's kernel. The shared expert
+is the composite: its products are one matrix each, and cut along K where rows are few."""
 
 from __future__ import annotations
 
@@ -30,24 +31,16 @@ class Experts(Gemm, ops.Moe):
         matmul(hidden, in_order(w2), rows, self.units, offsets)
         return sum_rows(rows, inverse(order), (ids.shape[0], ids.shape[1]))
 
-    def mlp(self, x: Tensor, w13: Weight, w2: Weight, limit: float | None) -> Tensor:
-        ops.Moe.linear(self, x, w13)
-        gate_up = x.new_empty(x.shape[0], w13.shape[0], device="meta")
-        ops.Moe.swiglu(self, gate_up, limit)
-        ops.Moe.linear(self, gate_up[:, ::2], w2)
-        out = torch.empty(x.shape[0], w2.shape[0], dtype=self.numerics.storage, device=x.device)
-        return matmul(self._hidden(x, w13, w2, limit), in_order(w2), out, self.units)
-
     def _hidden(
         self,
         x: Tensor,
         w13: Weight,
         w2: Weight,
         limit: float | None,
-        routed: tuple[Tensor, Tensor, Tensor] | None = None,
+        routed: tuple[Tensor, Tensor, Tensor],
     ) -> Tensor | QTensor:
         """Hidden rows as the product with w2 takes them."""
         coded = not w2.format.plain and self.numerics.activation == ACTIVATION
-        units = Units(self.arch.fp8, self.arch.scaled, EXPERTS[self.arch.name])
+        units = Units(self.arch.fp8, self.arch.products, self.arch.scaled, EXPERTS[self.arch.name])
         w13, storage = in_order(w13), self.numerics.storage
         return self.activation(hidden_rows(self.activation(x, w13), w13, storage, limit, units, coded, routed), w2)

@@ -57,4 +57,4 @@ class Gemm(ops.Gemm):
 
     @property
     def units(self) -> kernels.Units:
-        return kernels.Units(self.arch.fp8, self.arch.scaled, GEMM[self.arch.name])
+        return kernels.Units(self.arch.fp8, self.arch.products, self.arch.scaled, GEMM[self.arch.name])

@@ -25,7 +25,7 @@ from dsv4_hal.backends.triton_kernels.runtime import DTYPES, launch, power_of_tw
 from dsv4_hal.formats import QTensor
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _hidden(
     x,
     _x_batch,
@@ -44,7 +44,6 @@ def _hidden(
     offsets,
     order,
     row_weight,
-    rows,
     slots,
     limit,
     N: tl.constexpr,
@@ -70,25 +69,20 @@ def _hidden(
 ):
     """Hidden rows [rows, N]: N rows of w are gate, the N below are up.
 
-    EXPERTS  rows in expert order: row i is token order[i] // slots, and its hidden row is weighted by row_weight
-    CODED    hidden rows are stored as codes and scales of blocks of BN columns
+    Rows are in expert order: row i is token order[i] // slots, and its hidden row is weighted by row_weight.
+    CODED: hidden rows are stored as codes and scales of blocks of BN columns.
     """
     tile, across = tile_of(tl.cdiv(N, BN))
-    if EXPERTS > 0:
-        matrix, begin, stop = rows_of(tile, offsets, EXPERTS, BLOCK_E, BM)
-        if matrix >= EXPERTS:
-            return
-        w += matrix * w_batch
-        w_scale += matrix * w_scale_batch
-    else:
-        begin, stop = tile.to(tl.int64) * BM, rows
+    matrix, begin, stop = rows_of(tile, offsets, EXPERTS, BLOCK_E, BM)
+    if matrix >= EXPERTS:
+        return
+    w += matrix * w_batch
+    w_scale += matrix * w_scale_batch
     row, first = begin + tl.arange(0, BM), across * BN
     column = first + tl.arange(0, BN)
     there, inside = row < stop, column < N
-    source = row
-    if EXPERTS > 0:
-        place = tl.load(order + row, mask=there, other=0)
-        source = place // slots
+    place = tl.load(order + row, mask=there, other=0)
+    source = place // slots
     x_rows, x_scales = x + source * x_stride, x_scale + source * x_scale_stride
     gate = product(
         x_rows,
@@ -100,6 +94,8 @@ def _hidden(
         w_scale_stride,
         first,
         inside,
+        0,
+        K,
         K,
         X,
         W,
@@ -123,6 +119,8 @@ def _hidden(
         w_scale_stride,
         first + N,
         inside,
+        0,
+        K,
         K,
         X,
         W,
@@ -137,9 +135,7 @@ def _hidden(
         BK,
     )
     gate, sigmoid, up = gated(gate.to(STORAGE).to(tl.float32), up.to(STORAGE).to(tl.float32), limit, LIMITED)
-    hidden = gate * sigmoid * up
-    if EXPERTS > 0:
-        hidden *= tl.load(row_weight + place, mask=there, other=0.0).to(tl.float32)[:, None]
+    hidden = gate * sigmoid * up * tl.load(row_weight + place, mask=there, other=0.0).to(tl.float32)[:, None]
     hidden = hidden.to(STORAGE)
     target = out + row[:, None] * N + column[None]
     if CODED:
@@ -158,36 +154,34 @@ def hidden_rows(
     limit: float | None,
     units: Units,
     coded: bool,
-    routed: tuple[Tensor, Tensor, Tensor] | None = None,
+    routed: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor | QTensor:
-    """Rounded hidden rows of x [T, d] and w13 [2 * I, d], or with routed of every expert's [E, 2 * I, d].
+    """Rounded hidden rows [T * k, I], contiguous and in expert order, of x [T, d] and every expert's w13 [E, 2 * I, d].
 
     storage  what gate and up, and then hidden rows, are rounded to
     coded    hidden rows are rounded to ACTIVATION as well, where tiles are as wide as its blocks, and come as codes
-    routed   offsets [E + 1] and order [T * k] of `expert_order`, weights [T, k]: hidden rows [T * k, I], in its order
-    Returns [T, I], contiguous.
+    routed   offsets [E + 1] and order [T * k] of `expert_order`, weights [T, k]
     """
     x = accepted(x)
-    chosen = constants(x, w13, storage, units, parts=2)
-    offsets, order, weights = routed or (None, None, None)
-    rows, experts = x.shape[0] if order is None else len(order), 0 if offsets is None else w13.shape[0]
-    shape, fused = (rows, chosen["N"]), coded and ACTIVATION.block == (1, chosen["BN"])
+    chosen = constants(x, w13, units, parts=2)
+    offsets, order, weights = routed
+    shape, experts = (len(order), chosen["N"]), w13.shape[0]
+    fused = coded and ACTIVATION.block == (1, chosen["BN"])
     assert ACTIVATION.scale_dtype is not None
     scales = torch.empty(ACTIVATION.scale_shape(shape) or (), dtype=ACTIVATION.scale_dtype, device=x.device)
     out = torch.empty(shape, dtype=ACTIVATION.storage if fused else storage, device=x.device)
     target = code_bytes(out, ACTIVATION) if fused else out
     launch(
         _hidden,
-        (row_tiles(rows, experts or 1, chosen["BM"]) * triton.cdiv(shape[1], chosen["BN"]),),
+        (row_tiles(len(order), experts, chosen["BM"]) * triton.cdiv(shape[1], chosen["BN"]),),
         *strided(x),
         *strided(w13 if w13.scale is not None else w13.data),
         target,
         as_bytes(scales),
-        target if offsets is None else offsets,
-        target if order is None else order,
-        target if weights is None else weights.contiguous(),
-        rows,
-        1 if weights is None else weights.shape[1],
+        offsets,
+        order,
+        weights.contiguous(),
+        weights.shape[1],
         limit or 0.0,
         EXPERTS=experts,
         BLOCK_E=max(16, power_of_two(experts)),

@@ -7,7 +7,9 @@ columns of K share one:
   row    all columns: the sum is scaled, at its end
   fold   fewer, powers of two: the operand is scaled, which bfloat16 and float32 hold exactly
   mx     the same, left to matrix units that take such scales
-A row's sum runs over K in steps of a fixed size: it does not hang on the rows beside it.
+A row's sum runs over K in steps of a fixed size, and where a matrix has few tiles, over splits of K that are added in
+order: it does not hang on the rows beside it. Where rows are few, every split has a program of its own, and another
+kernel adds; the additions are the same.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from dsv4_hal.backends.triton_kernels.runtime import DTYPES, launch, power_of_tw
 from dsv4_hal.formats import FORMATS, QTensor
 
 ACTIVATION = FORMATS["e4m3_1x128"]  # the one quantised format that x is multiplied in as it is
+PROGRAMS = 128  # that keep a device busy: about its multiprocessors
 BAND = tl.constexpr(8)  # row tiles that are worked through together, so that tiles of a weight are found in the cache
 
 
@@ -71,28 +74,54 @@ def operand(code, ELEMENT: tl.constexpr, OPERAND: tl.constexpr, FP8: tl.constexp
 @triton.jit
 def folded(
     w,
-    w_scale,
+    scale,
     inside,
     start,
     K: tl.constexpr,
     ELEMENT: tl.constexpr,
     PACK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PART: tl.constexpr,
     OPERAND: tl.constexpr,
     FP8: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Values of a weight's tile, scale included, rounded to OPERAND: w, w_scale point to the start of BN rows."""
-    part: tl.constexpr = BLOCK_K if BLOCK_K > 0 and BLOCK_K < BK else BK
-    k = start + tl.arange(0, BK // part) * part
-    scale = tl.load(
-        w_scale[:, None] + (k // BLOCK_K if BLOCK_K > 0 else k * 0)[None], mask=inside[:, None] & (k < K)[None], other=0
-    )
-    byte = (k // PACK)[None, :, None] + tl.arange(0, part // PACK)[None, None]
+    """Values of a weight's tile, scales included, rounded to OPERAND: w points to the start of BN rows, and scale
+    [BN, BK / PART] are theirs, as stored."""
+    k = start + tl.arange(0, BK // PART) * PART
+    byte = (k // PACK)[None, :, None] + tl.arange(0, PART // PACK)[None, None]
     code = tl.load(w[:, None, None] + byte, mask=inside[:, None, None] & (byte < K // PACK), other=0)
     value = operand(code, ELEMENT, tl.float32, FP8) * stored_scale(scale)[:, :, None]
     return tl.reshape(value.to(OPERAND), (BN, BK))
+
+
+@triton.jit
+def scales_of(
+    x_scale,
+    there,
+    w_scale,
+    inside,
+    start,
+    K: tl.constexpr,
+    X: tl.constexpr,
+    SCALES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PART: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Scales as stored of a step's columns, from `start`: of rows of x, and of w; 0 where a step reads none."""
+    of_x, of_w = 0, 0
+    if X != "plain" and SCALES != "mx":
+        of_x = tl.load(x_scale + start // 128, mask=there & (start < K), other=0)
+    if SCALES == "tile":
+        of_w = tl.load(w_scale + start // BLOCK_K, mask=start < K, other=0)
+    elif SCALES == "block":
+        of_w = tl.load(w_scale + start // BLOCK_K, mask=inside & (start < K), other=0)
+    elif SCALES == "fold":
+        k = start + tl.arange(0, BK // PART) * PART
+        place = k // BLOCK_K if BLOCK_K > 0 else k * 0
+        of_w = tl.load(w_scale[:, None] + place[None], mask=inside[:, None] & (k < K)[None], other=0)
+    return of_x, of_w
 
 
 @triton.jit
@@ -106,6 +135,8 @@ def product(
     w_scale_stride,
     first,
     inside,
+    begin,
+    end,
     K: tl.constexpr,
     X: tl.constexpr,
     W: tl.constexpr,
@@ -119,7 +150,7 @@ def product(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Rows of x times rows first .. first + BN - 1 of w -> [BM, BN] float32.
+    """Rows of x times rows first .. first + BN - 1 of w, over columns begin .. end - 1 -> [BM, BN] float32.
 
     x, x_scale     pointers to the start of BM rows and of their scales; `there` says which of the rows exist
     w, w_scale     pointers to matrices; `inside` says which of the BN rows exist
@@ -133,10 +164,15 @@ def product(
     acc = tl.zeros((BM, BN), tl.float32)
     k = tl.arange(0, BK)
     byte = tl.arange(0, BK // PACK)
-    for start in range(0, K, BK):
+    PART: tl.constexpr = BLOCK_K if BLOCK_K > 0 and BLOCK_K < BK else BK  # columns that share a scale, of a step's
+    next_x, next_w = scales_of(x_scale, there, w_scale, inside, begin, K, X, SCALES, BLOCK_K, PART, BK)
+    for start in range(begin, end, BK):
+        of_x, of_w = next_x, next_w
+        # asked for a step ahead, so that none waits for them: only what matrix units read is fetched ahead by itself
+        next_x, next_w = scales_of(x_scale, there, w_scale, inside, start + BK, K, X, SCALES, BLOCK_K, PART, BK)
         left = tl.load(x[:, None] + (start + k)[None], mask=there[:, None] & (start + k < K)[None], other=0)
         if SCALES == "fold":
-            right = folded(w, w_scale, inside, start, K, W, PACK, BLOCK_K, OPERAND, FP8, BN, BK)
+            right = folded(w, of_w, inside, start, K, W, PACK, PART, OPERAND, FP8, BN, BK)
         else:
             at = start // PACK + byte
             right = tl.load(w[:, None] + at[None], mask=inside[:, None] & (at < K // PACK)[None], other=0)
@@ -156,11 +192,11 @@ def product(
                 part = tl.dot(left, tl.trans(right), input_precision="ieee")
                 scale = tl.full((BM,), 1.0, tl.float32)
                 if X != "plain":
-                    scale = stored_scale(tl.load(x_scale + start // 128, mask=there, other=0))
+                    scale = stored_scale(of_x)
                 if SCALES == "tile":
-                    scale *= stored_scale(tl.load(w_scale + start // BLOCK_K))
+                    scale *= stored_scale(of_w)
                 elif SCALES == "block":
-                    part *= stored_scale(tl.load(w_scale + start // BLOCK_K, mask=inside, other=0))[None]
+                    part *= stored_scale(of_w)[None]
                 acc += part * scale[:, None]
     if SCALES == "row":
         acc *= stored_scale(tl.load(w_scale, mask=inside, other=0))[None]
@@ -198,22 +234,28 @@ def _matmul(
     FP8: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPREAD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Matrix `batch` of x times that of w; or, with EXPERTS, rows of every expert times its own matrix."""
+    """Matrix `batch` of x times that of w; or, with EXPERTS, rows of every expert times its own matrix.
+
+    SPLIT columns of K are summed apart, and the sums added in order. SPREAD: a program sums one split, of several, to
+    its place in out [splits, batch, rows, N] float32, and `_add` adds.
+    """
     tile, across = tile_of(tl.cdiv(N, BN))
     batch = tl.program_id(1).to(tl.int64)
-    begin, stop, matrix = tile.to(tl.int64) * BM, rows, batch
+    top, stop, matrix = tile.to(tl.int64) * BM, rows, batch
     if EXPERTS > 0:
-        matrix, begin, stop = rows_of(tile, offsets, EXPERTS, BLOCK_E, BM)
+        matrix, top, stop = rows_of(tile, offsets, EXPERTS, BLOCK_E, BM)
         if matrix >= EXPERTS:
             return
-    row, first = begin + tl.arange(0, BM), across * BN
+    row, first = top + tl.arange(0, BM), across * BN
     column = first + tl.arange(0, BN)
     there, inside = row < stop, column < N
-    acc = product(
+    operands = (
         x + batch * x_batch + row * x_stride,
         x_scale + batch * x_scale_batch + row * x_scale_stride,
         there,
@@ -223,33 +265,50 @@ def _matmul(
         w_scale_stride,
         first,
         inside,
-        K,
-        X,
-        W,
-        PACK,
-        SCALES,
-        BLOCK_N,
-        BLOCK_K,
-        OPERAND,
-        FP8,
-        BM,
-        BN,
-        BK,
     )
+    part = tl.program_id(2)
+    if SPREAD:
+        begin, end = part * SPLIT, tl.minimum((part + 1) * SPLIT, K)
+        total = product(*operands, begin, end, K, X, W, PACK, SCALES, BLOCK_N, BLOCK_K, OPERAND, FP8, BM, BN, BK)
+    elif SPLIT >= K:
+        total = product(*operands, 0, K, K, X, W, PACK, SCALES, BLOCK_N, BLOCK_K, OPERAND, FP8, BM, BN, BK)
+    else:
+        total = tl.zeros((BM, BN), tl.float32)
+        for split in range(tl.cdiv(K, SPLIT)):
+            begin, end = split * SPLIT, tl.minimum((split + 1) * SPLIT, K)
+            total += product(*operands, begin, end, K, X, W, PACK, SCALES, BLOCK_N, BLOCK_K, OPERAND, FP8, BM, BN, BK)
+    if SPREAD:
+        out += part.to(tl.int64) * tl.num_programs(1) * out_batch
     target = out + batch * out_batch + row[:, None] * out_stride + column[None]
-    tl.store(target, acc.to(out.dtype.element_ty), mask=there[:, None] & inside[None])
+    tl.store(target, total.to(out.dtype.element_ty), mask=there[:, None] & inside[None])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _add(parts, out, out_batch, out_stride, rows, N: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of splits, parts [splits, batch, rows, N], in order -> a row of out."""
+    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    parts += (batch * rows + row) * N + column
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in range(SPLITS):
+        place = parts + tl.cast(split, tl.int64) * tl.num_programs(2) * rows * N
+        total += tl.load(place, mask=column < N, other=0.0)
+    tl.store(out + batch * out_batch + row * out_stride + column, total.to(out.dtype.element_ty), mask=column < N)
 
 
 @dataclass(frozen=True)
 class Units:
     """Matrix units of a device.
 
-    fp8, scaled  whether they multiply float8, and take block scales
+    fp8          whether the device converts float8
+    products     whether units multiply float8 and keep float32 sums; elsewhere codes are widened
+    scaled       whether units take block scales
     tiles        constants by kind of operand: "plain" (two bytes), "float8", "widened" (codes to two bytes), "scaled",
                  "float32": BM, BN, BK, num_warps, num_stages. BK divides 128
     """
 
     fp8: bool
+    products: bool
     scaled: bool
     tiles: Mapping[str, Mapping[str, int]]
 
@@ -262,7 +321,7 @@ def accepted(x: Tensor | QTensor) -> Tensor | QTensor:
 
 
 def constants(
-    x: Tensor | QTensor, w: QTensor, out_dtype: torch.dtype, units: Units, fold: bool = False, parts: int = 1
+    x: Tensor | QTensor, w: QTensor, units: Units, fold: bool = False, parts: int = 1
 ) -> dict[str, Any]:
     """Constants of a kernel for x, as `accepted`, in front of w: formats, operands, and tiles.
 
@@ -284,8 +343,7 @@ def constants(
     if not fold and ((fmt.plain and fmt.storage != wide) or (few and wide == torch.float16)):
         wide = torch.float32
     operand = DTYPES[wide]
-    # Hopper sums products of float8 in fewer bits than float32: too few for a result that is not rounded further
-    float8 = units.fp8 and coded and fmt.element == "e4m3" and scales != "fold" and out_dtype.itemsize < 4
+    float8 = units.products and coded and fmt.element == "e4m3" and scales != "fold"
     if wide == torch.float32:
         kind = "float32"
     elif fmt.plain and not coded:
@@ -348,22 +406,40 @@ def matmul(
     fold     as in `constants`
     """
     x = accepted(x)
-    chosen = constants(x, w, out.dtype, units, fold)
+    chosen = constants(x, w, units, fold)
     experts = 0 if offsets is None else w.shape[0]
     target = out.transpose(0, 1) if out.dim() == 3 else out[None]
-    rows = target.shape[1]
-    tiles = row_tiles(rows, experts or 1, chosen["BM"])
+    (batch, rows, n), tiles = target.shape, row_tiles(target.shape[1], experts or 1, chosen["BM"])
+    columns = triton.cdiv(n, chosen["BN"])
+    split = chosen["K"] if experts or chosen["SCALES"] == "row" else _split(chosen["K"], columns * batch)
+    splits = triton.cdiv(chosen["K"], split)
+    spread = splits > 1 and tiles * columns * batch < PROGRAMS
+    made = target
+    if spread:
+        made = torch.empty(splits * batch, rows, n, dtype=torch.float32, device=out.device)
     left = strided(x.transpose(0, 1) if isinstance(x, Tensor) and x.dim() == 3 else x)
     launch(
         _matmul,
-        (tiles * triton.cdiv(chosen["N"], chosen["BN"]), 1 if experts else len(target)),
+        (tiles * columns, 1 if experts else batch, splits if spread else 1),
         *left,
         *strided(w if w.scale is not None else w.data),
-        *steps(target),
+        *steps(made),
         target if offsets is None else offsets,
         rows,
         EXPERTS=experts,
         BLOCK_E=max(16, power_of_two(experts)),
+        SPLIT=split,
+        SPREAD=spread,
         **chosen,
     )
+    if spread:
+        block = min(1024, power_of_two(n))
+        launch(_add, (rows, triton.cdiv(n, block), batch), made, *steps(target), rows, N=n, SPLITS=splits, BLOCK=block)
     return out
+
+
+def _split(k: int, tiles: int) -> int:
+    """Columns of K that are summed apart, where one row tile makes `tiles` tiles: whole blocks of 128, at least 512, and
+    so few that PROGRAMS have work. It hangs on the matrix alone, not on how many rows are multiplied."""
+    parts = min(triton.cdiv(PROGRAMS, tiles), k // 512)
+    return k if parts < 2 else triton.cdiv(triton.cdiv(k, parts), 128) * 128

@@ -17,7 +17,6 @@ GROUPED = ("m_grouped_fp8_fp4_gemm_nt_contiguous", "get_mk_alignment_for_contigu
 
 class Gemm(Base):
     # What is made of products that the library serves runs through them, and is not fused.
-    mlp = ops.Moe.mlp
     output_proj = ops.Attention.output_proj
 
     def supports(self, op: str, facts: Facts) -> Verdict:

@@ -76,7 +76,7 @@ def test_what_would_run_elsewhere_is_explained(mode):
     pytest.importorskip("triton")
     found = json.loads(told(EXPLAINED.replace("MODE", repr(mode))))
     assert found["device"] == "meta" and found["assumed"] == "sm_100"
-    assert found["counts"]["native"] >= 26
+    assert found["counts"]["native"] >= 25
 
 
 class TestInterpreted:

@@ -12,12 +12,13 @@ import triton.language as tl
 from dsv4_hal.backends.cuda.devices import ARCHS
 from dsv4_hal.backends.cuda.tiles import EXPERTS, GEMM
 from dsv4_hal.backends.triton_kernels import gemm, quantize
+from dsv4_hal.backends.triton_kernels.runtime import launch
 from dsv4_hal.formats import FORMATS, QTensor, dequantize
 from dsv4_hal.formats import quantize as stored
 
 
 def units(name: str = "sm_90") -> gemm.Units:
-    return gemm.Units(ARCHS[name].fp8, ARCHS[name].scaled, GEMM[name])
+    return gemm.Units(ARCHS[name].fp8, ARCHS[name].products, ARCHS[name].scaled, GEMM[name])
 
 
 def whole(*shape: int) -> torch.Tensor:
@@ -60,7 +61,7 @@ def test_experts_without_rows_are_not_read():
     x, offsets = whole(68, 64).bfloat16(), torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     tiles = {**GEMM["sm_90"], "plain": {**GEMM["sm_90"]["plain"], "BM": 16}}
     got = gemm.matmul(
-        x, QTensor(w, None, FORMATS["bf16"]), torch.empty(68, 24), gemm.Units(True, False, tiles), offsets
+        x, QTensor(w, None, FORMATS["bf16"]), torch.empty(68, 24), replace(units(), tiles=tiles), offsets
     )
     expert = torch.repeat_interleave(torch.arange(len(counts)), counts)
     assert torch.equal(got, torch.einsum("mk,mnk->mn", x.float(), w[expert].float()))
@@ -75,11 +76,31 @@ def test_there_are_row_tiles_enough_and_not_many_more():
     assert gemm.row_tiles(6, 384, 64) == 6  # a token's experts have one each
 
 
-def test_float8_is_multiplied_as_it_is_only_where_the_result_is_rounded_further():
+def test_float8_is_multiplied_as_it_is_only_where_sums_keep_their_bits():
     x, w = activation(torch.randn(1, 128)), stored(torch.randn(16, 128), FORMATS["e4m3_128x128"])
-    assert gemm.constants(x, w, torch.bfloat16, units())["OPERAND"] == tl.float8e4nv
-    assert gemm.constants(x, w, torch.float32, units())["OPERAND"] == tl.bfloat16
-    assert gemm.constants(x, w, torch.bfloat16, units("sm_80"))["OPERAND"] == tl.bfloat16
+    assert gemm.constants(x, w, units("sm_100"))["OPERAND"] == tl.float8e4nv
+    assert gemm.constants(x, w, units("sm_90"))["OPERAND"] == tl.bfloat16
+    assert gemm.constants(x, w, units("sm_80"))["OPERAND"] == tl.bfloat16
+
+
+@pytest.mark.parametrize(("name", "groups"), [("bf16", 1), ("e4m3_128x128", 1), ("mxfp4", 1), ("bf16", 2)])
+def test_splits_add_up_alike_wherever_they_are_added(monkeypatch, name, groups):
+    """Few rows: a program for every split, and another kernel adds. Many: one program adds."""
+    monkeypatch.setattr(gemm, "PROGRAMS", 4)
+    launched = []
+    monkeypatch.setattr(gemm, "launch", lambda kernel, *a, **o: (launched.append(kernel), launch(kernel, *a, **o)))
+    grouped = (groups,) if groups > 1 else ()
+    w = stored(torch.randn(*grouped, 40, 1088), FORMATS[name])
+    x = torch.randn(600, *grouped, 1088, dtype=torch.bfloat16)
+    x = x if name == "bf16" else activation(x)
+
+    def made(rows: int) -> torch.Tensor:
+        some = x[:rows] if isinstance(x, torch.Tensor) else replace(x, data=x.data[:rows], scale=x.scale[:rows])
+        return gemm.matmul(some, w, torch.empty(rows, *grouped, 40), units())
+
+    many = made(600)
+    assert len(launched) == 1
+    assert torch.equal(made(3), many[:3]) and len(launched) == 3
 
 
 def test_scales_beyond_float16_are_not_folded_into_it():
@@ -93,6 +114,6 @@ def test_every_architecture_has_tiles_of_every_kind_it_needs():
         assert table.keys() == ARCHS.keys()
         for name, kinds in table.items():
             assert {"plain", "widened", "float32"} <= kinds.keys()
-            assert "float8" in kinds or not ARCHS[name].fp8
+            assert "float8" in kinds or not ARCHS[name].products
             assert "scaled" in kinds or not ARCHS[name].scaled
             assert all(128 % tile["BK"] == 0 for tile in kinds.values())
