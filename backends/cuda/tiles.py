@@ -21,7 +21,7 @@ def table(default: Mapping[str, int], **by_arch: Mapping[str, int]) -> Tiles:
 # In float32 matrix units are not used: products of many columns at once would not fit the registers.
 _ATTENTION = {"heads": 16, "keys": 32, "num_warps": 8, "num_stages": 1}
 _INDEX = {"entries": 128, "num_warps": 4, "num_stages": 2}
-ATTENTION = table(_ATTENTION, gfx942={"keys": 16})
+ATTENTION = table(_ATTENTION, sm_90={"heads": 64}, gfx942={"keys": 16})  # Hopper multiplies 64 rows or more
 ATTENTION_FLOAT32 = table({**_ATTENTION, "keys": 16})
 INDEX = table(_INDEX)
 INDEX_FLOAT32 = table({**_INDEX, "entries": 32, "num_warps": 8, "num_stages": 1})
@@ -34,7 +34,6 @@ def _tile(rows: int, columns: int, inner: int, warps: int, stages: int) -> Mappi
 _SINGLE = _tile(64, 64, 32, 8, 2)
 _AMPERE = {
     "plain": _tile(64, 128, 64, 4, 3),
-    "float8": _tile(64, 128, 128, 8, 3),
     "widened": _tile(64, 128, 64, 8, 3),
     "float32": _SINGLE,
 }
@@ -53,8 +52,7 @@ GEMM: Mapping[str, Tiles] = {
     "sm_89": _AMPERE,
     "sm_90": {
         "plain": _tile(128, 128, 64, 8, 4),
-        "float8": _tile(128, 128, 128, 8, 3),
-        "widened": _tile(64, 128, 128, 8, 3),
+        "widened": _tile(64, 128, 64, 4, 3),
         "float32": _SINGLE,
     },
     "sm_100": _BLACKWELL,
@@ -67,7 +65,6 @@ GEMM: Mapping[str, Tiles] = {
 # the product with gate and up, which holds two sums; 128 columns, so that hidden rows are rounded where they are made
 _PAIR = {
     "plain": _tile(64, 128, 64, 8, 3),
-    "float8": _tile(64, 128, 128, 8, 3),
     "widened": _tile(64, 128, 32, 8, 3),
     "float32": _tile(32, 64, 32, 8, 2),
 }
@@ -79,7 +76,7 @@ EXPERTS: Mapping[str, Tiles] = {
     "sm_80": _PAIR,
     "sm_86": _PAIR,
     "sm_89": _PAIR,
-    "sm_90": {**_PAIR, "widened": _tile(64, 128, 64, 8, 3)},
+    "sm_90": {**_PAIR, "widened": _tile(64, 128, 64, 4, 3)},
     "sm_100": _BLACKWELL_PAIR,
     "sm_103": _BLACKWELL_PAIR,
     "sm_120": _PAIR,
