@@ -24,7 +24,7 @@ from dsv4_hal.dispatch import Resolved
 from dsv4_hal.formats import QTensor, plain_format
 from dsv4_hal.ops import KV, OPS, Case, Compare, Tolerance
 
-GRADIENTS = Tolerance(Compare.NMSE, 4.0, "sums run in another order backwards, too")
+GRADIENTS = Tolerance(Compare.NMSE, 8.0, "sums run in another order backwards, too")
 DIRECTIONS = 3
 # In float64, of functions and directions of size one: a truncation error of about h^2 and a rounding error of about
 # 1e-16 / h, both far below float32's 1e-7; and a kink (a clamp, a relu) is hardly ever within h.
