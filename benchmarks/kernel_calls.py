@@ -139,7 +139,7 @@ class Watch:
             bound = signature.bind(None, *args, **kwargs)
             bound.apply_defaults()
             inputs = dict(list(bound.arguments.items())[1:])
-            key = self.step, op, self.within > 0, tuple(_kind(value) for value in inputs.values())
+            key = self.step, op, self.within > 0, tuple(kind(value) for value in inputs.values())
             new = key not in self.made
             found = self.made.setdefault(key, Call(self.step, op, inputs, None, self.within > 0))
             found.count += 1
@@ -176,16 +176,16 @@ class Watch:
         torch.autograd.grad(made, list(leaves.values()), torch.empty_like(made))
 
 
-def _kind(value: Any) -> Any:
+def kind(value: Any) -> Any:
     """What tells one argument from another kind of argument: all but values, names and addresses."""
     if isinstance(value, Tensor):
         return value.dtype, value.shape, value.stride()
     if isinstance(value, QTensor):
-        return value.format.name, getattr(value, "layout", ""), _kind(value.data), _kind(value.scale)
+        return value.format.name, getattr(value, "layout", ""), kind(value.data), kind(value.scale)
     if isinstance(value, KV):
-        return value.layout, value.rows, _kind(value.data)
+        return value.layout, value.rows, kind(value.data)
     if isinstance(value, tuple):
-        return tuple(_kind(item) for item in value)
+        return tuple(kind(item) for item in value)
     return Batch if isinstance(value, Batch) else value  # a step has one batch
 
 

@@ -18,9 +18,9 @@ _PREAMBLE = """# Kernels
 
 Written by `python benchmarks/kernels.py --write docs/kernels.md` (`--part full`: for more targets); do not edit.
 
-**Nothing here ran on a GPU.** Kernels were compiled ahead of time by triton {triton}, through the backend's own host
-code, for every call that DeepSeek-V4-Flash and -Pro make at full size. What a kernel takes is what the assembler says;
-times are bounds that follow from published figures of the devices, never measurements.
+**No figure here is a measurement**; those are in [gpu.md](gpu.md). Kernels were compiled ahead of time by triton
+{triton}, through the backend's own host code, for every call that DeepSeek-V4-Flash and -Pro make at full size. What a
+kernel takes is what the assembler says; times are bounds that follow from published figures of the devices.
 
 Figures of a kernel are the largest over its variants (constants, dtypes, alignments) in a decode step of 64 sequences,
 in a prefill of 4096 tokens, and in what no step calls; those of other steps are checked, and not shown. Shared memory
