@@ -14,10 +14,10 @@ from dsv4_hal.backends.triton_kernels.numbers import (
     encode_e2m1,
     encode_e4m3,
     encode_e8m0,
+    exponential,
     nearest,
     round_e2m1,
     round_e4m3,
-    exponential,
 )
 from dsv4_hal.backends.triton_kernels.runtime import DTYPES, as_rows, launch, power_of_two
 from dsv4_hal.formats import RowLayout

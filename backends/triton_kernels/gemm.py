@@ -320,9 +320,7 @@ def accepted(x: Tensor | QTensor) -> Tensor | QTensor:
     return x.data if x.format.plain else decode(x, torch.float32)
 
 
-def constants(
-    x: Tensor | QTensor, w: QTensor, units: Units, fold: bool = False, parts: int = 1
-) -> dict[str, Any]:
+def constants(x: Tensor | QTensor, w: QTensor, units: Units, fold: bool = False, parts: int = 1) -> dict[str, Any]:
     """Constants of a kernel for x, as `accepted`, in front of w: formats, operands, and tiles.
 
     fold   the weight is dequantised and rounded to x's dtype, and that is multiplied
@@ -439,7 +437,7 @@ def matmul(
 
 
 def _split(k: int, tiles: int) -> int:
-    """Columns of K that are summed apart, where one row tile makes `tiles` tiles: whole blocks of 128, at least 512, and
-    so few that PROGRAMS have work. It hangs on the matrix alone, not on how many rows are multiplied."""
+    """Columns of K that are summed apart, where one row tile makes `tiles` tiles: whole blocks of 128, at least 512,
+    and so few that PROGRAMS have work. It hangs on the matrix alone, not on how many rows are multiplied."""
     parts = min(triton.cdiv(PROGRAMS, tiles), k // 512)
     return k if parts < 2 else triton.cdiv(triton.cdiv(k, parts), 128) * 128

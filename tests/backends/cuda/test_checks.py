@@ -74,7 +74,7 @@ def test_an_allowance_is_exact(spilled: int, decode: bool, what: str | None, mon
     assert len(problems([replace(FITS, spilled=spilled)], whole=False)) == (spilled > 64)
 
 
-def test_a_decode_step_spills_beyond_its_limit_only_where_a_device_showed_that_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decode_step_spills_beyond_its_limit_only_where_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "SPILLS", (Spill("a", "sm_90", 80, "tests"),))
     assert problems([replace(FITS, spilled=80)]) == []
     assert any("in a decode step" in line for line in problems([replace(FITS, spilled=80, decode=True)]))

@@ -1,5 +1,5 @@
-"""What only a GPU can show: a decode step captured in a CUDA graph, and results that do not hang on how many tokens come
-together. `ci/cuda.sh` runs it where there is one, with TRITON_INTERPRET=0."""
+"""What only a GPU can show: a decode step captured in a CUDA graph, and results that do not hang on how many tokens
+come together. `ci/cuda.sh` runs it where there is one, with TRITON_INTERPRET=0."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def test_a_sequence_alone_and_among_others(tiny_dir: Path, mode: str) -> None:
     """Sequences of one batch, prefilled and decoded, and each by itself: the same logits."""
     model = dsv4_hal.load_model(tiny_dir, "cuda", mode=mode)
     lengths = (200, 1, 77, 128)
-    tokens = [torch.randint(model.cfg.vocab_size, (n + 1,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    tokens = [torch.randint(model.cfg.vocab_size, (length + 1,)) for length in lengths]
     together, rows = model.new_cache(len(lengths), 256), torch.tensor(lengths).cumsum(0) - 1
     with torch.inference_mode():
         first = model.step(torch.cat([t[:-1] for t in tokens]), together.batch(lengths), together)[rows.cuda()]

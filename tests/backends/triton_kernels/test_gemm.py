@@ -60,9 +60,7 @@ def test_experts_without_rows_are_not_read():
     w[counts == 0] = float("nan")
     x, offsets = whole(68, 64).bfloat16(), torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     tiles = {**GEMM["sm_90"], "plain": {**GEMM["sm_90"]["plain"], "BM": 16}}
-    got = gemm.matmul(
-        x, QTensor(w, None, FORMATS["bf16"]), torch.empty(68, 24), replace(units(), tiles=tiles), offsets
-    )
+    got = gemm.matmul(x, QTensor(w, None, FORMATS["bf16"]), torch.empty(68, 24), replace(units(), tiles=tiles), offsets)
     expert = torch.repeat_interleave(torch.arange(len(counts)), counts)
     assert torch.equal(got, torch.einsum("mk,mnk->mn", x.float(), w[expert].float()))
 
