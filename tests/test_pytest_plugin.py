@@ -1,8 +1,13 @@
-"""The plugin in a vendor's own repository: every test here is a pytest session of its own."""
+"""The plugin in a vendor's own repository: every test here is a pytest session of its own, in this process but for
+one that starts more."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+import dsv4_hal.conformance.runner  # noqa: F401  (or each session here would import it, and its processes, anew)
 
 pytest_plugins = ["pytester"]
 
@@ -25,15 +30,26 @@ FIXED, LATER, UNFIXED = "hadamard[tokens=5", "hadamard[tokens=", "hadamard[token
 
 
 @pytest.fixture
-def vendor(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+def outside() -> dict[str, str]:
+    """The environment before pytester changes it."""
+    return dict(os.environ)
+
+
+@pytest.fixture
+def vendor(outside: dict[str, str], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A vendor's repository: a backend that is installed, a conftest.py, a test."""
+    for name in ("HOME", "USERPROFILE", "PY_COLORS"):  # with others than before, processes would be started afresh
+        monkeypatch.delenv(name)
+        if name in outside:
+            monkeypatch.setenv(name, outside[name])
     site = pytester.mkdir("site")
     facts = site / "third_vendor-1.0.dist-info"
     facts.mkdir()
     (site / "faulty_module.py").write_text(FAULTY)
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: third-vendor\nVersion: 1.0\n")
     (facts / "entry_points.txt").write_text("[dsv4_hal.backends]\nfaulty = faulty_module:Faulty\n")
-    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
     pytester.makeconftest('pytest_plugins = ["dsv4_hal.pytest_plugin"]')
     pytester.makepyfile(test_contract="def test_contract(conformance_outcome):\n    assert conformance_outcome.ok\n")
     return pytester
@@ -47,10 +63,10 @@ def waive(vendor: pytest.Pytester, *cases: str) -> None:
 
 
 def session(vendor: pytest.Pytester, *options: str) -> pytest.RunResult:
-    return vendor.runpytest_subprocess("--dsv4-backend", "faulty", "--dsv4-mode", "exact", *options)
+    run = vendor.runpytest_subprocess if "-n" in options else vendor.runpytest_inprocess
+    return run("--dsv4-backend", "faulty", "--dsv4-mode", "exact", *options)
 
 
-@pytest.mark.full
 def test_every_case_is_a_test(vendor: pytest.Pytester) -> None:
     waive(vendor, UNFIXED)
     result = session(vendor, "--dsv4-op", "hadamard", "--dsv4-limit", "4", "-v", "-rx")
@@ -76,7 +92,6 @@ def test_stale_waivers_fail_the_session(vendor: pytest.Pytester) -> None:
     assert len(told) == 1 and f"stale waiver: {FIXED} of 2026-11-25: no case of it fails" in told[0]
 
 
-@pytest.mark.full
 def test_what_does_not_run_says_why(vendor: pytest.Pytester) -> None:
     code = FAULTY.replace('name = "faulty"', 'name = "faulty"\n    affords = "tiny"')
     (vendor.path / "site" / "faulty_module.py").write_text(code)
@@ -85,7 +100,6 @@ def test_what_does_not_run_says_why(vendor: pytest.Pytester) -> None:
     assert "a case of size quick: the backend affords tiny at most" in result.stdout.str()
 
 
-@pytest.mark.full
 def test_a_backend_that_cannot_be_used_fails_every_test(vendor: pytest.Pytester) -> None:
     (vendor.path / "site" / "faulty_module.py").write_text("raise OSError('libfaulty.so')")
     result = session(vendor, "--dsv4-op", "hadamard")

@@ -4,7 +4,7 @@ it has started."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -17,8 +17,9 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, cast
 
+from dsv4_hal.conformance import fork_server
+
 STARTING = 600.0  # seconds a process may take until its backend is there
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Lost(Exception):
@@ -31,13 +32,14 @@ class Lost(Exception):
 class Child:
     """A process that runs `task(line, *args)`; `line` is its end of a pipe, see `Line`. To be ended by `end`.
 
-    It does not outlive the thread that made it, and no Ctrl-C reaches it: that is for who made it to act on.
+    It does not outlive the process that made it, and no Ctrl-C reaches it: that is for who made it to act on.
     """
 
     def __init__(self, task: Callable[..., None], *args: Any) -> None:
-        context = multiprocessing.get_context("spawn")
+        with _without_interrupts():
+            context, surroundings = fork_server.context()
         self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_run, args=(there, os.getpid(), task, args))
+        self._process = context.Process(target=_run, args=(surroundings, there, task, args))
         try:
             with there, _without_interrupts():
                 self._process.start()
@@ -97,20 +99,30 @@ def in_words(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
-def _run(there: Connection, parent: int, task: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _run(
+    _: fork_server.Surroundings | None, there: Connection, task: Callable[..., None], args: tuple[Any, ...]
+) -> None:
     with contextlib.suppress(OSError):
         os.setsid()  # so that what it starts can be ended with it
-    if sys.platform == "linux":  # whatever it is doing: code that spins in C lets no thread of Python run
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # gone before that was said
+    parent = cast(Any, multiprocessing.parent_process())
+    if sys.platform == "linux":
+        _killed_when_closed(parent.sentinel)
+        if wait([parent.sentinel], 0):  # gone before that was said
             os._exit(1)
     else:
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     task(Line(there), *args)
 
 
-def _end_with_parent() -> None:
-    parent = cast(Any, multiprocessing.parent_process())
+def _killed_when_closed(pipe: int) -> None:
+    """Have the system kill this process's group when a pipe's other end closes, whatever it is doing: code that spins
+    in C lets no thread of Python run. (PR_SET_PDEATHSIG would wait for the server that forked it.)"""
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def _end_with(parent: Any) -> None:
     parent.join()
     os.kill(os.getpid(), signal.SIGKILL)
 

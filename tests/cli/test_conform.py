@@ -126,7 +126,6 @@ def test_size_classes(tool: Tool, tmp_path: Path) -> None:
     assert none.code == 2 and "third affords tiny cases at most, and all 1 chosen are larger" in none.err
 
 
-@pytest.mark.full
 def test_gradients(tool: Tool, tmp_path: Path) -> None:
     some = ("-o", "hadamard", "--grad")
     done = tool("conform", *some)

@@ -30,7 +30,6 @@ def drawn(backend: str, op: str, count: int, seed: int = 0, size: str = "tiny") 
         return [o for found in generate(worker, [op], count, ("exact",), size, seed) for o in found]
 
 
-@pytest.mark.full
 def test_draws_are_new_and_the_same_every_time() -> None:
     first, again, other = (drawn("reference", "rms_norm", 8, seed) for seed in (0, 0, 1))
     assert [o.case for o in first] == [o.case for o in again] != [o.case for o in other]

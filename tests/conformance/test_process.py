@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from dsv4_hal.conformance.process import Child, in_words
 
-# What it starts spins in C, where no other thread of it runs.
-SPIN = """
-import operator, time
-from functools import partial
+# What it starts spins in C, where no other thread of it runs, or starts more.
+STARTS = """
+import operator, os, subprocess, time
 from dsv4_hal.conformance.process import Child
 
+def spin(line):
+    operator.indexOf(range(10**18), -1)
+
+def more(line):
+    subprocess.run(["sleep", "300"])
+
 if __name__ == "__main__":
-    child = Child(partial(operator.indexOf, range(10**18)))
-    print(child._process.pid, flush=True)
+    children = [Child(spin), Child(more)]
+    os.environ["OMP_NUM_THREADS"] = "2"  # which the server has not: this one is started without it
+    children.append(Child(spin))
+    print(*(child._process.pid for child in children), flush=True)
     time.sleep(300)
 """
 
@@ -34,27 +43,32 @@ def wait(true: Callable[[], bool]) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread does it, which code that spins in C holds up")
-def test_a_process_does_not_outlive_who_started_it() -> None:
-    with subprocess.Popen([sys.executable, "-c", SPIN], stdout=subprocess.PIPE, text=True) as parent:
+def test_a_process_does_not_outlive_who_started_it(tmp_path: Path) -> None:
+    (tmp_path / "starts.py").write_text(STARTS)
+    with subprocess.Popen([sys.executable, tmp_path / "starts.py"], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
+        groups = [int(pid) for pid in parent.stdout.readline().split()]
         try:
-            assert wait(lambda: os.getpgid(pid) == pid)  # it is there
+            assert wait(lambda: [len(running(group=g)) for g in groups] == [1, 2, 1])  # they are there
+            (server,) = {parents for pid, parents in running().items() if pid in groups} - {parent.pid}
             time.sleep(0.5)
             parent.kill()
-            assert wait(lambda: not _runs(pid))
+            assert wait(lambda: not any(running(group=g) for g in groups) and server not in running())
         finally:
             parent.kill()
-            if _runs(pid):
+            for pid in [pid for g in groups for pid in running(group=g)]:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _runs(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"  # nobody may be there to reap it
-    except FileNotFoundError:
-        return False
+def running(group: int | None = None) -> dict[int, int]:
+    """Processes that run, and their parents. group: those of a group."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, parent, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if state != "Z" and group in (None, int(its_group)):  # nobody may be there to reap it
+                found[int(stat.parent.name)] = int(parent)
+    return found
 
 
 def test_a_process_that_is_interrupted_while_it_starts_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +82,7 @@ def test_a_process_that_is_interrupted_while_it_starts_is_ended(monkeypatch: pyt
         started.append(self)
 
     started: list[object] = []
-    monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", start)
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", start)
     with pytest.raises(KeyboardInterrupt):
         Child(print)
     assert started and ended == [None]
