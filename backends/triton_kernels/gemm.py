@@ -29,6 +29,7 @@ from dsv4_hal.formats import FORMATS, QTensor
 
 ACTIVATION = FORMATS["e4m3_1x128"]  # the one quantised format that x is multiplied in as it is
 PROGRAMS = 128  # that keep a device busy: about its multiprocessors
+SHORTEST = 512  # columns of a split
 BAND = tl.constexpr(8)  # row tiles that are worked through together, so that tiles of a weight are found in the cache
 
 
@@ -409,9 +410,9 @@ def matmul(
     target = out.transpose(0, 1) if out.dim() == 3 else out[None]
     (batch, rows, n), tiles = target.shape, row_tiles(target.shape[1], experts or 1, chosen["BM"])
     columns = triton.cdiv(n, chosen["BN"])
-    split = chosen["K"] if experts or chosen["SCALES"] == "row" else _split(chosen["K"], columns * batch)
+    split = _split(chosen, columns * batch, bool(experts))
     splits = triton.cdiv(chosen["K"], split)
-    spread = splits > 1 and tiles * columns * batch < PROGRAMS
+    spread = not experts and splits > 1 and tiles * columns * batch < PROGRAMS
     made = target
     if spread:
         made = torch.empty(splits * batch, rows, n, dtype=torch.float32, device=out.device)
@@ -436,8 +437,16 @@ def matmul(
     return out
 
 
-def _split(k: int, tiles: int) -> int:
-    """Columns of K that are summed apart, where one row tile makes `tiles` tiles: whole blocks of 128, at least 512,
-    and so few that PROGRAMS have work. It hangs on the matrix alone, not on how many rows are multiplied."""
-    parts = min(triton.cdiv(PROGRAMS, tiles), k // 512)
+def _split(chosen: Mapping[str, Any], tiles: int, experts: bool) -> int:
+    """Columns of K that are summed apart, where one row tile makes `tiles` tiles: whole blocks of 128, at least
+    SHORTEST, and so few that PROGRAMS have work. It hangs on the matrix alone, not on how many rows are multiplied.
+
+    Ordinary units add float32 in one chain, whose error grows with its length: splits are as short as they may be.
+    """
+    k = chosen["K"]
+    if chosen["SCALES"] == "row":  # of the whole sum
+        return k
+    if chosen["OPERAND"] == tl.float32:
+        return min(k, SHORTEST)
+    parts = 1 if experts else min(triton.cdiv(PROGRAMS, tiles), k // SHORTEST)
     return k if parts < 2 else triton.cdiv(triton.cdiv(k, parts), 128) * 128

@@ -11,7 +11,7 @@ from dsv4_hal.backends.triton_kernels.norm_rope import row_root
 from dsv4_hal.backends.triton_kernels.numbers import exponential
 from dsv4_hal.backends.triton_kernels.runtime import launch, power_of_two
 
-CHUNK = 1024  # channels of one stream that one program of the projection sums
+CHUNK = 256  # channels of one stream that one program of the projection sums
 TOKENS, DEPTH = 32, 64  # tile of the projection: tokens, channels at a time
 WIDE = 1024  # channels that one program of `post` holds
 

@@ -101,6 +101,15 @@ def test_splits_add_up_alike_wherever_they_are_added(monkeypatch, name, groups):
     assert torch.equal(made(3), many[:3]) and len(launched) == 3
 
 
+def test_chains_of_float32_are_short(monkeypatch):
+    cut = []
+    monkeypatch.setattr(gemm, "launch", lambda *a, **o: cut.append((o.get("SPLIT"), o.get("SPREAD"))))
+    w, x = torch.randn(2, 16, 1100), torch.randn(2, 1100)
+    for weight, offsets in ((w[0], None), (w, torch.tensor([0, 1, 2]))):
+        gemm.matmul(x, QTensor(weight, None, FORMATS["fp32"]), torch.empty(2, 16), units(), offsets)
+    assert cut == [(512, True), (None, None), (512, False)]  # the second adds the splits of the first
+
+
 def test_scales_beyond_float16_are_not_folded_into_it():
     x, w = torch.ones(1, 32, dtype=torch.float16), stored(torch.full((16, 32), 2.0**-40), FORMATS["mxfp4"])
     got = gemm.matmul(x, w, torch.empty(1, 16), units())
