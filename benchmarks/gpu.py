@@ -300,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="v4-flash")
     parser.add_argument("--mode", default="deployed")
     parser.add_argument("--steps", default="decode,prefill", help=f"of {', '.join(STEPS)}")
+    parser.add_argument("--commit", default="not given", help="of the sources, for the page")
     parser.add_argument("--out", type=Path, help="results, a line of JSON each")
     parser.add_argument("--read", type=Path, help="results of another run, in place of a run")
     parser.add_argument("--write", type=Path, help="write the page")
@@ -323,9 +324,8 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     watch = Watch(args.model, device, ops, reference)
     plain = {op: getattr(ops, op) for op in OPS}
     packages = environment()["packages"]
-    lines = [
-        {"device": torch.cuda.get_device_name(), "mode": args.mode, **{p: packages[p] for p in ("torch", "triton")}}
-    ]
+    where = {"device": torch.cuda.get_device_name(), "mode": args.mode, "commit": args.commit}
+    lines: list[dict[str, Any]] = [{**where, **{name: packages[name] for name in ("torch", "triton")}}]
     with torch.inference_mode():
         for op in OPS:
             setattr(ops, op, watch(op))

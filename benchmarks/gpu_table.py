@@ -9,8 +9,8 @@ from typing import Any
 _PREAMBLE = """# Measured on a GPU
 
 Written by `python benchmarks/gpu.py --write docs/gpu.md`; do not edit. One {device}, torch {torch}, triton {triton},
-mode {mode}. The model has the widths of the preset and one layer of each kind; weights and what the cache holds are
-random.
+mode {mode}, sources of commit {commit}. The model has the widths of the preset and one layer of each kind; weights and
+what the cache holds are random.
 
 - time: median, in microseconds, of one call in a captured graph, with the device's cache overwritten in front of it
 - bound: what [kernels.md](kernels.md) derives from FLOPs, bytes and the device's published figures; share: of the time
