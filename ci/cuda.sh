@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The CUDA backend. With an NVIDIA GPU: its compiled kernels on all cases, and their tests. Without one, as `interpreted`
+# The CUDA backend. With an NVIDIA GPU: its compiled kernels on all cases, on a model, and in the tests that need a GPU
+# (others interpret kernels, and are in `make test`, with a GPU or without). Without one, as `interpreted`
 # says: the same kernels in Triton's interpreter, on the cases that it affords.
 #   bash ci/cuda.sh .venv/bin               skips, with the reason, where there is no GPU
 #   bash ci/cuda.sh .venv/bin interpreted

@@ -22,7 +22,7 @@ class Arch:
     fp8       whether it converts float8 (e4m3) by itself
     products  whether matrix units multiply float8 and keep float32 sums; elsewhere codes are widened to bfloat16,
               exactly. Ada's and Hopper's keep 14 bits of a sum (DeepSeek-V3 report, 3.3.2): on an H200, attention
-              blocks were 4 times their budget off
+              blocks were over twice their budget off
     scaled    whether matrix units multiply MXFP4 and MXFP8 with their block scales; elsewhere codes are widened
     """
 

@@ -443,8 +443,8 @@ def _split(chosen: Mapping[str, Any], tiles: int, experts: bool) -> int:
 
     Ordinary units add float32 in one chain, whose error grows with its length: splits are as short as they may be.
     """
-    k = chosen["K"]
-    if chosen["SCALES"] == "row":  # of the whole sum
+    k = max(1, chosen["K"])
+    if chosen["SCALES"] == "row" or not tiles:  # those are scales of the whole sum
         return k
     if chosen["OPERAND"] == tl.float32:
         return min(k, SHORTEST)

@@ -129,11 +129,11 @@ def area_tangent(z):
 
 @triton.jit
 def logarithm(x):
-    """Natural logarithm of a normal float32 x > 0 to a few units in the last place. A hardware logarithm is off by as
-    much near 1 as anywhere."""
+    """Natural logarithm of a normal float32 x > 0 to a few units in the last place; infinity and NaN stay. A hardware
+    logarithm is off by as much near 1 as anywhere."""
     bits = x.to(tl.int32, bitcast=True)
     whole = (bits - 0x3F3504F3) >> 23  # so that what is left lies between the roots of 1/2 and of 2
     left = (bits - (whole << 23)).to(tl.float32, bitcast=True)
     rest = 2.0 * area_tangent(tl.div_rn(left - 1.0, left + 1.0))
     whole = whole.to(tl.float32)
-    return whole * 0.693359375 + (rest - whole * 2.12194440e-4)
+    return tl.where(x < float("inf"), whole * 0.693359375 + (rest - whole * 2.12194440e-4), x)

@@ -1,19 +1,23 @@
 """Processes forked from a server that has imported torch once: each would take seconds for it.
 
-Nothing else tells them from those of a fresh interpreter. What the server imports starts no threads that a fork would
-lose, and touches no device; so no backend is imported there. It ends with who started it.
+They are as those of a fresh interpreter, but that the seed of string hashes is the same in all, and what an edited file
+held when the server was started. What the server imports starts no threads that a fork would lose, and touches no
+device; so no backend is imported there. It ends with who started it (killed, that leaves an empty folder behind).
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
 import re
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, reduction
-from multiprocessing.context import ForkServerContext, SpawnContext
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import Any, cast
 
 import torch
 
@@ -23,18 +27,25 @@ PRELOADED = ["dsv4_hal.conformance.model_run", "dsv4_hal.conformance.runner"]  #
 READ_LATE = re.compile(r"(DSV4_HAL|PYTEST|TORCHINDUCTOR)_.*|COLUMNS|PYTHONPATH")
 STREAMS = (0, 1, 2)  # standard input, output and error
 
+_server = forkserver.ForkServer()  # ours: multiprocessing's own is the program's
 _read: dict[str, str] = {}  # variables that the server may have read
+_starter = 0  # the process that started it, which alone can ask it
+_one_at_a_time = threading.Lock()
 
 
-def context() -> tuple[ForkServerContext | SpawnContext, Surroundings | None]:
-    """How to start a process, and what to hand it: from the server, or from nothing where it would not be the same.
+def started(run: Callable[..., None], *args: Any) -> BaseProcess:
+    """A process that runs `run(surroundings, *args)`, forked from the server; or begun from nothing, which takes longer
+    and is the same, where it would not be the same or the server cannot be had: its socket needs a short path, say.
 
     The first call starts the server, with whatever signals are blocked.
     """
-    if not _usable():
-        return multiprocessing.get_context("spawn"), None
-    _start()
-    return multiprocessing.get_context("forkserver"), Surroundings()
+    with _one_at_a_time:
+        if _usable():
+            with contextlib.suppress(OSError, EOFError):
+                return _forked(run, args)
+        process = multiprocessing.get_context("spawn").Process(target=run, args=(None, *args))
+        process.start()
+        return process
 
 
 class Surroundings:
@@ -59,9 +70,10 @@ def _surround(environment: dict[str, str], streams: list[Any]) -> None:
 
 
 def _usable() -> bool:
-    """Elsewhere than on Linux, libraries of the system do not survive a fork."""
-    same = not _read or _read == _read_early()
-    return sys.platform == "linux" and not sys.flags.ignore_environment and same and all(map(_is_open, STREAMS))
+    """Elsewhere than on Linux, libraries of the system do not survive a fork. Text is all that a server can be told."""
+    same = not _starter or (_starter == os.getpid() and _read == _read_early())
+    told = not sys.flags.ignore_environment and all(isinstance(entry, str) for entry in sys.path)
+    return sys.platform == "linux" and same and told and all(map(_is_open, STREAMS))
 
 
 def _is_open(descriptor: int) -> bool:
@@ -76,19 +88,36 @@ def _read_early() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not READ_LATE.fullmatch(name)}
 
 
-def _start() -> None:
-    """Start the server, if it does not run. It imports what would be imported here, and nothing from the working
-    directory, where `python -c`, which it is, would look first."""
-    _read.update(_read_early())
-    forkserver.set_forkserver_preload(PRELOADED)
-    before = dict(os.environ)
-    os.environ["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    os.environ["PYTHONSAFEPATH"] = "1"
+def _forked(run: Callable[..., None], args: tuple[Any, ...]) -> BaseProcess:
+    """From the server, which is started if it does not run: then it imports what would be imported here, and nothing
+    from the working directory, where `python -c`, which it is, would look first."""
+    global _starter
+    if not _starter:
+        _read.update(_read_early())
+        _starter = os.getpid()
+        _server.set_forkserver_preload(PRELOADED)
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    with _environment(PYTHONPATH=path, PYTHONSAFEPATH="1"):
+        _server.ensure_running()
+    process = multiprocessing.get_context("forkserver").Process(target=run, args=(Surroundings(), *args))
+    theirs, here = forkserver.connect_to_new_process, cast(Any, forkserver)
+    here.connect_to_new_process = _server.connect_to_new_process
     try:
-        forkserver.ensure_running()
+        process.start()
     finally:
-        for name in ("PYTHONPATH", "PYTHONSAFEPATH"):
-            if name in before:
-                os.environ[name] = before[name]
-            else:
+        here.connect_to_new_process = theirs
+    return process
+
+
+@contextlib.contextmanager
+def _environment(**changes: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
                 del os.environ[name]
+            else:
+                os.environ[name] = value

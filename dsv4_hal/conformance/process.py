@@ -4,7 +4,6 @@ it has started."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -36,15 +35,15 @@ class Child:
     """
 
     def __init__(self, task: Callable[..., None], *args: Any) -> None:
-        with _without_interrupts():
-            context, surroundings = fork_server.context()
-        self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_run, args=(surroundings, there, task, args))
+        self._pipe, there = multiprocessing.Pipe()
+        process = None
         try:
-            with there, _without_interrupts():
-                self._process.start()
+            with there, _without_interrupts():  # one that came meanwhile is raised at its end
+                self._process = process = fork_server.started(_run, there, task, args)
         except BaseException:
-            self.end()
+            if process is not None:
+                self.end()
+            self._pipe.close()
             raise
 
     def send(self, what: Any) -> None:
@@ -117,6 +116,8 @@ def _run(
 def _killed_when_closed(pipe: int) -> None:
     """Have the system kill this process's group when a pipe's other end closes, whatever it is doing: code that spins
     in C lets no thread of Python run. (PR_SET_PDEATHSIG would wait for the server that forked it.)"""
+    import fcntl  # not everywhere
+
     fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpid())
     fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)

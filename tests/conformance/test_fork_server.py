@@ -137,3 +137,32 @@ def test_ctrl_c_and_modules_of_the_working_directory(tmp_path: Path, tasks: Any)
         [sys.executable, tmp_path / "asks.py"], cwd=there, capture_output=True, text=True, start_new_session=True
     )
     assert (done.stdout, done.stderr, done.returncode) == ("answers\nanswers\n", "", 0)
+
+
+def test_where_the_server_cannot_be_had_a_process_begins_from_nothing(
+    tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def begins_from_nothing() -> bool:
+        found = answer(tasks.tell)[2] == os.getpid()
+        return found and capfd.readouterr().err == "to error\n"
+
+    with monkeypatch.context() as m:
+        m.setattr(fork_server, "_server", fork_server.forkserver.ForkServer())
+        long = tmp_path / ("long" * 30)  # a socket's path holds 107 bytes
+        long.mkdir()
+        m.setitem(fork_server.multiprocessing.process.current_process()._config, "tempdir", str(long))
+        assert begins_from_nothing()
+    with monkeypatch.context() as m:
+        m.setattr(fork_server, "_starter", os.getpid() + 1)  # this process was forked since
+        assert begins_from_nothing()
+    with monkeypatch.context() as m:
+        m.setattr(sys, "path", [*sys.path, tmp_path])  # which Python ignores
+        assert begins_from_nothing()
+    assert not begins_from_nothing()
+
+
+def test_the_server_of_the_program_itself_is_left_alone(tasks: Any) -> None:
+    """multiprocessing has one for the whole process, which knows nothing of ours."""
+    answer(tasks.tell)
+    assert fork_server.forkserver._forkserver._forkserver_pid is None
+    assert fork_server.forkserver.connect_to_new_process == fork_server.forkserver._forkserver.connect_to_new_process

@@ -110,6 +110,14 @@ def test_chains_of_float32_are_short(monkeypatch):
     assert cut == [(512, True), (None, None), (512, False)]  # the second adds the splits of the first
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_matrices_without_rows_or_columns(dtype):
+    for n, k in ((0, 64), (16, 0)):
+        w = QTensor(torch.ones(n, k, dtype=dtype), None, FORMATS["bf16" if dtype == torch.bfloat16 else "fp32"])
+        got = gemm.matmul(torch.ones(3, k, dtype=dtype), w, torch.full((3, n), 7.0), units())
+        assert torch.equal(got, torch.zeros(3, n))
+
+
 def test_scales_beyond_float16_are_not_folded_into_it():
     x, w = torch.ones(1, 32, dtype=torch.float16), stored(torch.full((16, 32), 2.0**-40), FORMATS["mxfp4"])
     got = gemm.matmul(x, w, torch.empty(1, 16), units())

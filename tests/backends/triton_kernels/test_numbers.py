@@ -76,3 +76,12 @@ def test_power_of_two_ceil():
     x = every_bf16()
     x = x[(x >= 2.0**-126) & (x <= 2.0**126)]
     assert torch.equal(applied(numbers.power_of_two_ceil, x, torch.float32), formats.power_of_two_ceil(x))
+
+
+def test_exponentials_and_logarithms():
+    x = torch.tensor([0.0, -0.5, 1e-6, 17.25, -86.0, 88.0, -1e4, 1e4, float("inf"), float("nan")])
+    want = x.clamp(min=-87).double().exp().float()
+    torch.testing.assert_close(applied(numbers.exponential, x, torch.float32), want, rtol=3e-7, atol=0, equal_nan=True)
+    x = torch.tensor([1.0, 1 + 2**-20, 1 - 2**-20, 0.5, 2.0, 1.4142135, 1e-30, 3e38, float("inf"), float("nan")])
+    got, want = applied(numbers.logarithm, x, torch.float32), x.double().log().float()
+    torch.testing.assert_close(got, want, rtol=3e-7, atol=0, equal_nan=True)
