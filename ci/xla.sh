@@ -14,7 +14,7 @@ export JAX_COMPILATION_CACHE_DIR=$work/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME
 python -m pip install -q -c constraints.txt -e examples/xla_backend
 plugin=() ops=()
 if [ -z "${SIZE:-}" ]; then
-  plugin=(--dsv4-op rope)
+  plugin=(--dsv4-op rope -k "not deployed_logits") # the comparison below shows more of mode deployed
   ops=(-o rms_norm -o sparse_attention -o hc_post)
 fi
 (cd examples/xla_backend && python -m pytest -n "${WORKERS:-2}" --dsv4-size "$size" "${plugin[@]}")
