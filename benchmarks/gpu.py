@@ -26,7 +26,7 @@ from typing import Any
 
 import gpu_table
 import torch
-from kernel_calls import ROLLBACK, STEPS, Call, kind, label
+from kernel_calls import STEPS, filled, kind, label
 from kernel_costs import cost
 from torch import Tensor
 
@@ -97,27 +97,22 @@ def random_weights(cfg: ModelConfig, device: torch.device) -> dict[str, Weight |
         data = torch.empty(fmt.data_shape(spec.shape), dtype=fmt.storage, device=device)
         scales = fmt.scale_shape(spec.shape)
         scale = None if scales is None else torch.empty(scales, dtype=fmt.scale_dtype, device=device)
-        for i in range(spec.shape[0] if spec.is_stack else 1):
+        parts = [QTensor(data, scale, fmt)]
+        if spec.is_stack:  # expert by expert: a whole stack in float32 takes many times its codes
+            parts = [QTensor(data[i], None if scale is None else scale[i], fmt) for i in range(len(data))]
+        for part in parts:
             value = torch.randn(spec.shape[-2:], device=device) * spec.shape[-1] ** -0.5
-            if fmt.plain:
-                (data[i] if spec.is_stack else data).copy_(value)
-                continue
             q = formats.quantize(value, fmt)
-            (data[i] if spec.is_stack else data).copy_(q.data)
-            if scale is not None and q.scale is not None:
-                (scale[i] if spec.is_stack else scale).copy_(q.scale)
+            part.data.copy_(q.data)
+            if part.scale is not None and q.scale is not None:
+                part.scale.copy_(q.scale)
         made[name] = Weight(data, scale, fmt, name, op=spec.read_by)
     return made
 
 
-def filled(model: Model, context: Sequence[int], room: int) -> Cache:
+def randomly_filled(model: Model, context: Sequence[int], room: int) -> Cache:
     """A cache that holds `context` random tokens of each sequence, with room for as many as `room` more in one step."""
-    chunk = max(room, 1024)
-    cache = model.new_cache(len(context), max(context) + chunk, chunk, ROLLBACK)
-    for start in range(0, max(context), chunk):
-        batch = cache.batch([min(chunk, max(0, length - start)) for length in context])
-        cache.begin(batch)
-        cache.commit(batch)
+    cache = filled(model, context, room)
     for layer in cache.layers:
         for held in vars(layer).values():
             if isinstance(held, KV):
@@ -180,7 +175,7 @@ class Watch:
         except torch.OutOfMemoryError:
             reference = distance = float("nan")
         torch.cuda.empty_cache()
-        named = (self.model, self.step, about(self.step), op, label_of(op, inputs))
+        named = (self.model, self.step, about(self.step), op, label(inputs))
         return Timing(*named, 0, self.device.bound(spent.flops, spent.moved), seconds, how, reference, distance)
 
 
@@ -189,10 +184,6 @@ def about(step: str) -> str:
     new, context = STEPS[step].new, STEPS[step].context
     held = "nothing" if not any(context) else f"{min(context)} to {max(context)} tokens"
     return f"step {step}: {sum(new)} tokens of {len(new)} sequences, which hold {held}"
-
-
-def label_of(op: str, inputs: Mapping[str, Any]) -> str:
-    return label(Call("", op, dict(inputs), None, False))
 
 
 def captured(run: Callable[[], Any], spoiled: Tensor) -> float:
@@ -265,7 +256,7 @@ def whole_steps(model: Model, name: str, step: str) -> dict[str, Any]:
     """Seconds of the step, over all layers there are; and of decoding, in a captured graph."""
     new, context = list(STEPS[step].new), list(STEPS[step].context)
     tokens = torch.randint(model.cfg.vocab_size, (sum(new),))
-    cache, times = filled(model, context, max(new) * 4), []
+    cache, times = randomly_filled(model, context, max(new) * 4), []
     for _ in range(4):
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -275,7 +266,7 @@ def whole_steps(model: Model, name: str, step: str) -> dict[str, Any]:
     found: dict[str, Any] = {"model": name, "step": step, "about": about(step), "layers": len(model.layers)}
     found["eager"] = min(times)
     if set(new) == {1}:
-        decoder, times = Decoder(model, filled(model, context, 64)), []
+        decoder, times = Decoder(model, randomly_filled(model, context, 64)), []
         decoder(tokens)
         for _ in range(20):
             start = time.perf_counter()
@@ -331,7 +322,7 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
             setattr(ops, op, watch(op))
         for step in args.steps.split(","):
             new, context = STEPS[step].new, STEPS[step].context
-            cache = filled(model, context, max(new))
+            cache = randomly_filled(model, context, max(new))
             tokens = torch.randint(cfg.vocab_size, (sum(new) + STEPS[step].padding,))
             batch = cache.batch(new, padding=STEPS[step].padding)
             watch.step = step

@@ -194,7 +194,7 @@ def _run(model: Model, step: Step) -> None:
     if not step.cached:
         model.step(_ids(sum(new)), Batch.packed(new, "meta"))
         return
-    cache = _filled(model, context, max(new))
+    cache = filled(model, context, max(new))
     model.step(_ids(sum(new) + step.padding), cache.batch(new, padding=step.padding), cache)
 
 
@@ -213,7 +213,7 @@ def _run_alone(model: Model) -> None:
         if fmt.element == "e4m3":  # others wait for the device, to see whether they have codes for x
             ops.quantize(x, fmt)
         ops.dequantize(shapes.quantize(x, fmt), ops.numerics.storage)
-    cache = _filled(model, [512, 256], 1)
+    cache = filled(model, [512, 256], 1)
     for ratio in (r for r in (0, 4, 128) if r in cfg.layer_ratios):
         layer = cache.layers[cfg.layer_ratios.index(ratio)]
         for kv in (layer.window, layer.entries, layer.keys):
@@ -223,7 +223,7 @@ def _run_alone(model: Model) -> None:
     cache.truncate(0)
 
 
-def _filled(model: Model, context: Sequence[int], room: int) -> Cache:
+def filled(model: Model, context: Sequence[int], room: int) -> Cache:
     """A cache that holds `context` tokens of each sequence, with room for as many as `room` more in one step."""
     chunk = max(room, 1024)
     cache = model.new_cache(len(context), max(context) + chunk, chunk, ROLLBACK)
@@ -238,18 +238,18 @@ def _ids(count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int64, device="meta")
 
 
-def label(call: Call) -> str:
-    """What a reader tells a call by: its first tensor, its weights and its rows."""
-    parts = [_shape(next((v for v in call.inputs.values() if isinstance(v, Tensor)), None))]
-    for value in call.inputs.values():
+def label(inputs: Mapping[str, Any]) -> str:
+    """What a reader tells a call with these arguments by: its first tensor, its weights and its rows."""
+    parts = [_shape(next((v for v in inputs.values() if isinstance(v, Tensor)), None))]
+    for value in inputs.values():
         if isinstance(value, Weight):
             parts.append(f"{_LAYER.sub('', value.name)} {value.format.name} {_shape(value)}")
         elif isinstance(value, KV):
             parts.append(f"{value.layout.name} rows of {value.layout.ratio}")
         elif isinstance(value, Format):
             parts.append(value.name)
-    if isinstance(call.inputs.get("weights"), CompressorWeights):
-        parts.append(_LAYER.sub("", call.inputs["weights"].wkv.name).removesuffix(".wkv"))
+    if isinstance(inputs.get("weights"), CompressorWeights):
+        parts.append(_LAYER.sub("", inputs["weights"].wkv.name).removesuffix(".wkv"))
     return ", ".join(part for part in parts if part)
 
 

@@ -113,7 +113,7 @@ def compile_task(task: Task) -> dict[str, Any]:
                 "op": call.op,
                 "part": call.part,
                 "count": call.count,
-                "shape": kernel_calls.label(call),
+                "shape": kernel_calls.label(call.inputs),
                 "kernels": list(dict.fromkeys(names)),
                 "flops": dict(spent.flops),
                 "bytes": spent.moved,

@@ -5,8 +5,8 @@ How far results may differ is derived, not chosen. Two correct backends differ f
    the error of the reference in its profile against the same profile with float64 between its rounding points. Another
    order errs otherwise, and may err more: factor x e, with a factor of 8 for most ops. The reference adds on a CPU in
    16 chains or more, the lanes of its vectors; a chain of K additions errs as sqrt(K), so that a device that adds in
-   one chain errs 4 times as much. And the largest of a few errors may be twice what it is in another draw. (Seen on an
-   H200: 6.5 e in products of 256 columns in float32, 9.2 e where 7,168 were added in one chain, 7.2 e in the logarithm
+   one chain errs 4 times as much. And the largest of a few errors may be twice what it is in another draw. (Seen on a
+   GPU: 6.5 e in products of 256 columns in float32, 9.2 e where 7,168 were added in one chain, 7.2 e in the logarithm
    of attention.)
 2. Such a difference, however small, now and then carries a value over the edge of a rounding, and the result is then
    one unit in the last place away. Few elements may show none of this while e is measured, so there is a floor:

@@ -38,7 +38,9 @@ def every_bf16() -> torch.Tensor:
 
 def test_e4m3_codes():
     want = CODES.view(torch.float8_e4m3fn).float()
-    torch.testing.assert_close(applied(numbers.decode_e4m3, CODES, torch.float32), want, rtol=0, atol=0, equal_nan=True)
+    got = applied(numbers.decode_e4m3, CODES, torch.float32)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(got[128:].signbit(), torch.ones(128, dtype=torch.bool))  # of zero, too
 
 
 def test_e8m0_codes():
