@@ -28,12 +28,14 @@ from dsv4_hal.cli.init import init
 from dsv4_hal.cli.record import record
 from dsv4_hal.cli.report import report
 from dsv4_hal.cli.selection import backends, explain
+from dsv4_hal.conformance import fork_server
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="DeepSeek-V4 on any backend.", pretty_exceptions_enable=False
 )
 for verb in (backends, explain, env, info, init, convert, generate, chat, conform, compare, bisect, record, report):
     app.command()(verb)
+WATCHED = ("conform", "compare", "bisect", "record")  # they run backends in processes of their own
 
 
 @app.callback(invoke_without_command=True)
@@ -45,6 +47,8 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main() -> None:
     """Run a verb; errors of input and environment become one line and an exit code."""
+    if sys.stdin is None:  # closed: the next file would be opened in its place, and taken for it by a process
+        sys.stdin = open(os.devnull)  # noqa: SIM115  (until the process ends)
     if sys.stderr is None:  # closed: notes have nowhere to go, and answers must not be lost for it
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
     if sys.stdout is None:
@@ -53,6 +57,8 @@ def main() -> None:
         sys.stdout, "reconfigure"
     ):  # what an encoding lacks: a mark for eyes, an escape where nothing may be lost
         sys.stdout.reconfigure(errors="replace" if sys.stdout.isatty() else "backslashreplace")
+    if sys.argv[1:2] and sys.argv[1] in WATCHED:
+        fork_server.fork()
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         app()

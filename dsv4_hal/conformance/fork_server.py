@@ -3,6 +3,8 @@
 They are as those of a fresh interpreter, but that the seed of string hashes is the same in all, and what an edited file
 held when the server was started. What the server imports starts no threads that a fork would lose, and touches no
 device; so no backend is imported there. It ends with who started it (killed, that leaves an empty folder behind).
+
+The server is an interpreter of its own; or, of a program that calls `fork` before anything else, a copy of that.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ import importlib
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver, reduction
+from multiprocessing import forkserver, reduction, resource_tracker, util
 from multiprocessing.process import BaseProcess
-from typing import Any, cast
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -31,6 +35,7 @@ _server = forkserver.ForkServer()  # ours: multiprocessing's own is the program'
 _read: dict[str, str] = {}  # variables that the server may have read
 _starter = 0  # the process that started it, which alone can ask it
 _one_at_a_time = threading.Lock()
+_spawn = util.spawnv_passfds
 
 
 def started(run: Callable[..., None], *args: Any) -> BaseProcess:
@@ -88,9 +93,54 @@ def _read_early() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not READ_LATE.fullmatch(name)}
 
 
-def _forked(run: Callable[..., None], args: tuple[Any, ...]) -> BaseProcess:
-    """From the server, which is started if it does not run: then it imports what would be imported here, and nothing
-    from the working directory, where `python -c`, which it is, would look first."""
+def fork() -> None:
+    """Start the server as a copy of this process, which so far has done nothing but import: no thread has computed, no
+    device was touched. What the server would import for seconds is imported here already.
+
+    Where the server cannot be had, nothing happens.
+    """
+    if _starter or not _usable():
+        return
+    for module in PRELOADED:
+        importlib.import_module(module)
+    resource_tracker.ensure_running()  # no copy of this process; it lets interrupts through
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with contextlib.suppress(OSError), patch.object(util, "spawnv_passfds", _copy):
+            _start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _copy(_: str, arguments: list[str], passed: list[int]) -> int:
+    """The pid of a copy that does what `spawnv_passfds` would start: `python ... -c CODE`, with these descriptors."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # or the copy would write it as well
+    if pid := os.fork():
+        return pid
+    try:
+        _forget()
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) not in (*STREAMS, *passed):
+                with contextlib.suppress(OSError):  # that of the list itself
+                    os.close(int(name))
+        exec(arguments[-1], {})
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(0)  # what this process has still to do is not for its copy
+
+
+def _forget() -> None:
+    """In a copy: that a server was being started."""
+    global _server, _starter
+    _server, _starter = forkserver.ForkServer(), 0
+    util.spawnv_passfds = _spawn
+
+
+def _start() -> None:
+    """Where it does not run: it imports what would be imported here, and nothing from the working directory, where
+    `python -c`, which it is, would look first."""
     global _starter
     if not _starter:
         _read.update(_read_early())
@@ -99,13 +149,13 @@ def _forked(run: Callable[..., None], args: tuple[Any, ...]) -> BaseProcess:
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     with _environment(PYTHONPATH=path, PYTHONSAFEPATH="1"):
         _server.ensure_running()
+
+
+def _forked(run: Callable[..., None], args: tuple[Any, ...]) -> BaseProcess:
+    _start()
     process = multiprocessing.get_context("forkserver").Process(target=run, args=(Surroundings(), *args))
-    theirs, here = forkserver.connect_to_new_process, cast(Any, forkserver)
-    here.connect_to_new_process = _server.connect_to_new_process
-    try:
+    with patch.object(forkserver, "connect_to_new_process", _server.connect_to_new_process):
         process.start()
-    finally:
-        here.connect_to_new_process = theirs
     return process
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import dsv4_hal
-from dsv4_hal.cli import app
+from dsv4_hal.cli import app, main
 
 Tool = Callable[..., Any]
 VERBS = (
@@ -50,7 +50,24 @@ def test_closed_streams(closed: str, code: int) -> None:
     assert done.stdout.startswith("{") == (code == 0)
 
 
+def test_processes_for_backends_where_no_stream_is_open() -> None:
+    """None of their own files is taken for a stream that is closed."""
+    line = f"{sys.executable} -m dsv4_hal conform --backend null -o rope --size tiny <&- 2>&-"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and "22 cases: 22 shapes" in done.stdout
+
+
 def test_no_vendor_package_is_imported() -> None:
     code = "import sys, dsv4_hal.cli; print([n for n in ('triton', 'torch_npu', 'matplotlib') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_processes_for_backends_are_forked_from_a_copy_of_the_tool(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr("sys.argv", ["dsv4-hal", verb])
+    monkeypatch.setattr("dsv4_hal.cli.fork_server.fork", lambda: order.append("fork"))
+    monkeypatch.setattr("dsv4_hal.cli.app", lambda: order.append("run"))
+    main()
+    assert order == (["fork"] if verb in ("conform", "compare", "bisect", "record") else []) + ["run"]

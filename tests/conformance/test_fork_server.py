@@ -39,6 +39,14 @@ def tell(line):
                       or name.startswith("dsv4_hal.backends."))
     line.send((told, backends, os.getppid(), (random.random(), torch.initial_seed())))
 
+def ask_another(line):
+    from dsv4_hal.conformance.process import Child
+
+    child = Child(tell)
+    told, backends, parent, _ = child.receive(60)
+    line.send((told, os.getpid(), parent, open(f"/proc/{parent}/cmdline").read()))
+    child.end()
+
 def leave(line, how):
     how()
 
@@ -137,6 +145,45 @@ def test_ctrl_c_and_modules_of_the_working_directory(tmp_path: Path, tasks: Any)
         [sys.executable, tmp_path / "asks.py"], cwd=there, capture_output=True, text=True, start_new_session=True
     )
     assert (done.stdout, done.stderr, done.returncode) == ("answers\nanswers\n", "", 0)
+
+
+PREPARES = """
+import os, signal
+from dsv4_hal.conformance import fork_server, process
+import given_tasks
+
+def answers(task=given_tasks.tell):
+    child = process.Child(task)
+    received = child.receive(60)
+    child.end()
+    return received
+
+if __name__ == "__main__":
+    print("before", end=" ")  # not written yet
+    kept = open(__file__)
+    fork_server.fork()
+    told, backends, server, drawn = answers()
+    again, _, second, others = answers()
+    assert told == again and server == second != os.getpid() and not backends
+    assert all(a != b for a, b in zip(drawn, others))
+    files = [os.readlink(f"/proc/{server}/fd/{name}") for name in os.listdir(f"/proc/{server}/fd")]
+    assert __file__ not in files, files
+    copied = open(f"/proc/{server}/cmdline").read() == open("/proc/self/cmdline").read()
+    theirs, child, parent, command = answers(given_tasks.ask_another)
+    assert theirs == told and parent not in (child, server) and "forkserver" in command
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    fork_server._usable = lambda: False
+    assert answers()[0] == told
+    print("a copy" if copied else "an interpreter")
+"""
+
+
+def test_a_copy_of_a_program_that_has_only_imported_is_as_good(tmp_path: Path, tasks: Any) -> None:
+    (tmp_path / "prepares.py").write_text(PREPARES)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, tmp_path / "prepares.py"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "before " + 4 * "to output\n" + "a copy\n"
 
 
 def test_where_the_server_cannot_be_had_a_process_begins_from_nothing(
