@@ -50,6 +50,7 @@ def vendor(outside: dict[str, str], pytester: pytest.Pytester, monkeypatch: pyte
     (facts / "entry_points.txt").write_text("[dsv4_hal.backends]\nfaulty = faulty_module:Faulty\n")
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # each session would import hypothesis, for seconds
     pytester.makeconftest('pytest_plugins = ["dsv4_hal.pytest_plugin"]')
     pytester.makepyfile(test_contract="def test_contract(conformance_outcome):\n    assert conformance_outcome.ok\n")
     return pytester
@@ -85,7 +86,7 @@ def test_every_case_is_a_test(vendor: pytest.Pytester) -> None:
 def test_stale_waivers_fail_the_session(vendor: pytest.Pytester) -> None:
     """Under pytest-xdist too; and only where every case of a waiver ran."""
     waive(vendor, FIXED, LATER, UNFIXED)
-    result = session(vendor, "--dsv4-op", "hadamard", "-k", "128", "-n", "2")
+    result = session(vendor, "--dsv4-op", "hadamard", "-k", "128", "-p", "xdist", "-n", "2")
     result.assert_outcomes(passed=4)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     told = [line for line in result.stdout.lines if "stale waiver" in line]

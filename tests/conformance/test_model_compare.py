@@ -171,7 +171,7 @@ def test_a_bundle_gives_the_verdicts_of_a_live_run(tiny_dir: Path, install: Inst
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("backend", ["reference", "vendor"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("vendor", marks=pytest.mark.full)])
 def test_a_bundle_is_not_its_own_baseline(tiny_dir: Path, install: Install, tmp_path: Path, backend: str) -> None:
     """Whoever recorded it, it is compared with a run made here."""
     install("    pass\n")
