@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dsv4_hal.backend import described
 from dsv4_hal.batch import Batch
 from dsv4_hal.conformance.compare import derive, nmse
 from dsv4_hal.conformance.drift import FACTOR, raised
@@ -30,7 +32,7 @@ from dsv4_hal.registry import FALLBACK
 
 NAME = "golden vectors"
 FILES = {"exact": "expected_exact.safetensors", "deployed": "expected.safetensors"}
-_COMPARED = {"exact": re.compile(r"(.*logits)"), "deployed": re.compile(r"prefill\.(layers\.\d+\.(?:attn|ffn))\.in")}
+_NAMES = {"exact": re.compile(r"(.*logits)"), "deployed": re.compile(r"prefill\.(layers\.\d+\.(?:attn|ffn))\.in")}
 SOURCES = Path(__file__).parents[2] / "tests" / "data" / "tiny"  # where the sources are
 
 
@@ -41,27 +43,47 @@ def missing(directory: Path) -> str:
 
 
 def chosen(directory: Path, pattern: str = "", modes: Sequence[str] = MODES) -> dict[str, list[str]]:
-    """Mode -> names of what is compared, logits or blocks, whose id contains the pattern."""
+    """Mode -> names of what is compared, logits or blocks, whose id contains the pattern.
+
+    ValueError for a damaged file."""
     found: dict[str, list[str]] = {}
     for mode in [mode for mode in modes if mode in FILES]:  # nobody published values in another profile
-        with safe_open(directory / FILES[mode], framework="pt") as file:
-            names = [name[1] for key in file.keys() if (name := _COMPARED[mode].fullmatch(key))]  # noqa: SIM118
+        try:
+            with safe_open(directory / FILES[mode], framework="pt") as file:
+                names = [name[1] for key in file.keys() if (name := _NAMES[mode].fullmatch(key))]  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{directory / FILES[mode]}: {error}") from error
         if mine := [name for name in names if pattern in f"{case_id(name)}@{mode}"]:
             found[mode] = mine
     return found
 
 
 def outcomes(directory: Path, names: Mapping[str, Sequence[str]]) -> Iterator[Outcome]:
-    """Of these comparisons; names as `chosen` returns them."""
+    """Of these comparisons; names as `chosen` returns them. What raises ends those of its mode, as errors."""
     for mode in names:
-        tokens = load_file(directory / FILES["deployed"])["tokens"]
-        narrow, wide = (load(str(directory), FALLBACK, mode, wide) for wide in (False, True))
-        compared = _logits if mode == "exact" else _blocks
-        yield from compared(names[mode], load_file(directory / FILES[mode]), tokens, narrow, wide)
+        done = 0
+        try:
+            for outcome in _compared(directory, mode, names[mode]):
+                yield outcome
+                done += 1
+        except Exception as error:
+            for name in names[mode][done:]:
+                yield replace(_about(name, mode), message=described(error))
 
 
 def case_id(name: str) -> str:
     return f"model[golden={name}]"
+
+
+def _about(name: str, mode: str) -> Outcome:
+    return Outcome(FALLBACK, "model", case_id(name), mode, "reference", "error", size="quick", against=(NAME,))
+
+
+def _compared(directory: Path, mode: str, names: Sequence[str]) -> Iterator[Outcome]:
+    tokens = load_file(directory / FILES["deployed"])["tokens"]
+    narrow, wide = (load(str(directory), FALLBACK, mode, wide) for wide in (False, True))
+    compare = _logits if mode == "exact" else _blocks
+    return compare(names, load_file(directory / FILES[mode]), tokens, narrow, wide)
 
 
 def _logits(
@@ -110,16 +132,10 @@ def _outcome(name: str, mode: str, got: Tensor, want: Tensor, exactly: Tensor) -
     if name.endswith("attn"):
         budget = raised(budget, numerics_for(mode))
     found = nmse(got, want, budget)
-    return Outcome(
-        FALLBACK,
-        "model",
-        case_id(name),
-        mode,
-        "reference",
-        "agrees" if found.ok else "disagrees",
-        found.message,
-        of_budget(found, budget),
-        {"y": found.metrics},
-        size="quick",
-        against=(NAME,),
+    return replace(
+        _about(name, mode),
+        verdict="agrees" if found.ok else "disagrees",
+        message=found.message,
+        of_budget=of_budget(found, budget),
+        metrics={"y": found.metrics},
     )

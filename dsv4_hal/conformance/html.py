@@ -131,6 +131,9 @@ def _matrix(cells: Iterable[Cell]) -> dict[str, dict[str, dict[str, dict[str, Ce
 
 def _summary(label: str, run: OpsRun, cells: Sequence[Cell]) -> dict[str, Any]:
     stale = [w for w in run.head.waivers if w.stale]
+    refused: dict[str, list[str]] = {}
+    for op, why in run.head.refused.items():
+        refused.setdefault(why, []).append(op)
     bad = [cell for cell in cells if cell.state in ("fails", "waived")]
     seen = {cell.state for cell in cells}
     if "fails" in seen:
@@ -152,6 +155,7 @@ def _summary(label: str, run: OpsRun, cells: Sequence[Cell]) -> dict[str, Any]:
         "state": told[0],
         "told": told[1],
         "headline": run.head.headline,
+        "refused": refused,
         "unasked": run.head.unasked,
         "counts": Counter(state(o) for o in run.outcomes),
         "bad": [(cell, _waiver(run.head.waivers, cell.outcomes[0])) for cell in bad],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
@@ -44,6 +44,7 @@ class OpsHead:
     environment: Sections
     judged: Sections
     waivers: Sequence[SavedWaiver]
+    refused: Mapping[str, str] = field(default_factory=dict)
     unasked: Sequence[str] = ()
     interrupted_of: int | None = None
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,10 @@ from dsv4_hal.cli import app
 TEMPLATES = Path(__file__).parents[2] / "ci" / "templates"
 BACKENDS = ("cuda", "ascend")
 
-FAKE = """#!/usr/bin/env python3
+START = """#!/bin/sh
+exec '{python}' -SE "$0.py" "$@"
+"""
+FAKE = """
 import json, os, pathlib, sys
 with open(os.environ["CALLS"], "a") as calls:
     print(json.dumps(sys.argv[1:]), file=calls)
@@ -68,7 +72,8 @@ class Machine:
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "dsv4-hal").write_text(FAKE)
+    (tmp_path / "bin" / "dsv4-hal.py").write_text(FAKE)
+    (tmp_path / "bin" / "dsv4-hal").write_text(START.format(python=sys.executable))
     (tmp_path / "bin" / "dsv4-hal").chmod(0o755)
     return Machine(tmp_path)
 

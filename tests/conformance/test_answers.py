@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from dsv4_hal.conformance.compare import nmse
 from dsv4_hal.conformance.mutants import Mutant, mutants
 from dsv4_hal.conformance.runner import Job, Outcome, judge, produce
 from dsv4_hal.dispatch import resolve
+from dsv4_hal.model.moe import MoE
 from dsv4_hal.numerics import exact
 from dsv4_hal.ops import OPS
 
@@ -155,6 +158,21 @@ def test_golden_vectors_object_to_a_wrong_model(tiny_dir: Path, monkeypatch: pyt
     assert any(o.verdict == "disagrees" and (o.of_budget or 0) > 10 for o in found), found
 
 
+def test_golden_vectors_of_which_one_cannot_be_computed(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found before is kept."""
+    right, calls = MoE.__call__, count()
+
+    def breaks(self: MoE, *args: Any) -> Any:
+        if next(calls) == 4:  # each block twice: the second one in float64
+            raise ZeroDivisionError("no experts")
+        return right(self, *args)
+
+    monkeypatch.setattr(MoE, "__call__", breaks)
+    found = list(golden.outcomes(tiny_dir, golden.chosen(tiny_dir, "ffn", ["deployed"])))
+    assert [o.verdict for o in found] == 2 * ["agrees"] + 3 * ["error"]
+    assert {o.message for o in found[2:]} == {"ZeroDivisionError: no experts"} and found[4].case.endswith("4.ffn]")
+
+
 def test_which_answers_are_chosen(tmp_path: Path, tiny_dir: Path) -> None:
     every = list(OPS)
     assert {mode: len(names) for mode, names in answers(every, "").vectors.items()} == {"exact": 3, "deployed": 10}
@@ -167,6 +185,9 @@ def test_which_answers_are_chosen(tmp_path: Path, tiny_dir: Path) -> None:
         answers(every, "", folder=tmp_path)
     shutil.copy(tiny_dir / "expected.safetensors", tmp_path)
     with pytest.raises(ValueError, match=r"has no expected_exact\.safetensors"):
+        answers(every, "", folder=tmp_path)
+    (tmp_path / "expected_exact.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"/expected_exact\.safetensors: .*deserializing header"):
         answers(every, "", folder=tmp_path)
 
 

@@ -101,6 +101,14 @@ def cell(found: Page, op: str, label: str) -> dict[str, Any]:
     return next(e for e in found.find("a") if e.get("href") == f"#{id}" and "cell" in e.get("class", ""))
 
 
+def test_ops_of_its_own_that_are_not_used_are_told_with_the_reason(tmp_path: Path) -> None:
+    about = replace(ABOUT, refused={"linear": "<b>no</b>", "rope": "<b>no</b>", "swiglu": "it did not run"})
+    found = Page(page([ops(tmp_path / "a", OWN, BORROWED, about=about), ops(tmp_path / "b", SHAPES)]))
+    chip, null = (next(e for e in found.find("article") if name in e["text"]) for name in ("chip", "null"))
+    assert "Of its own and not used: linear, rope (<b>no</b>)" in chip["text"] and "swiglu" not in chip["text"]
+    assert "not used" not in null["text"]
+
+
 def test_headlines_stand_as_they_are(tmp_path: Path) -> None:
     run = ops(tmp_path, OWN, BORROWED, BAD)
     head, *rest = (tmp_path / "results.jsonl").read_text().splitlines()
