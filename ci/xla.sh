@@ -15,7 +15,7 @@ python -m pip install -q -c constraints.txt -e examples/xla_backend
 plugin=() ops=()
 if [ -z "${SIZE:-}" ]; then
   plugin=(--dsv4-op rope -k "not logits") # the comparison below shows more of a model
-  ops=(-o rms_norm -o sparse_attention -o hc_post)
+  ops=(-o rms_norm -o hc_post)
 fi
 (cd examples/xla_backend && python -m pytest -n "${WORKERS:-2}" --dsv4-size "$size" "${plugin[@]}")
 bash ci/templates/compare.sh "$work/cases" reference null xla -- --size "$size" --mode deployed "${ops[@]}"
