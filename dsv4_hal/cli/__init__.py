@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -46,21 +47,30 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def main() -> None:
-    """Run a verb; errors of input and environment become one line and an exit code."""
+    """The tool as a program, which has done nothing before this."""
+    run(fork_server.fork)
+
+
+def run(prepare: Callable[[], None] | None = None) -> None:
+    """Run a verb; errors of input and environment become one line and an exit code.
+
+    prepare  is called first where the verb runs backends in processes of their own
+    """
     if sys.stdin is None:  # closed: the next file would be opened in its place, and taken for it by a process
-        sys.stdin = open(os.devnull)  # noqa: SIM115  (until the process ends)
+        os.open(os.devnull, os.O_RDONLY)
     if sys.stderr is None:  # closed: notes have nowhere to go, and answers must not be lost for it
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
     if sys.stdout is None:
         _fail(ValueError("standard output is closed"), 2)
-    if hasattr(
-        sys.stdout, "reconfigure"
-    ):  # what an encoding lacks: a mark for eyes, an escape where nothing may be lost
-        sys.stdout.reconfigure(errors="replace" if sys.stdout.isatty() else "backslashreplace")
-    if sys.argv[1:2] and sys.argv[1] in WATCHED:
-        fork_server.fork()
-    before = signal.signal(signal.SIGTERM, _terminated)
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        if prepare is not None and sys.argv[1:2] and sys.argv[1] in WATCHED:
+            prepare()  # before anything is set that is for this process alone
+        if hasattr(
+            sys.stdout, "reconfigure"
+        ):  # what an encoding lacks: a mark for eyes, an escape where nothing may be lost
+            sys.stdout.reconfigure(errors="replace" if sys.stdout.isatty() else "backslashreplace")
+        signal.signal(signal.SIGTERM, _terminated)
         app()
     except dsv4_hal.BackendError as error:
         _fail(error, 3)

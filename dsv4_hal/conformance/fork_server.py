@@ -4,7 +4,8 @@ They are as those of a fresh interpreter, but that the seed of string hashes is 
 held when the server was started. What the server imports starts no threads that a fork would lose, and touches no
 device; so no backend is imported there. It ends with who started it (killed, that leaves an empty folder behind).
 
-The server is an interpreter of its own; or, of a program that calls `fork` before anything else, a copy of that.
+The server is an interpreter of its own; or, of a program that calls `fork` before anything else, a copy of that, with
+all that the program had imported.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, reduction, resource_tracker, util
 from multiprocessing.process import BaseProcess
@@ -94,8 +96,9 @@ def _read_early() -> dict[str, str]:
 
 
 def fork() -> None:
-    """Start the server as a copy of this process, which so far has done nothing but import: no thread has computed, no
-    device was touched. What the server would import for seconds is imported here already.
+    """Start the server as a copy of this process, which so far has done nothing but import: no thread of torch's has
+    begun (one of OpenBLAS's may have, which sees to it itself), no device was touched. What the server would import for
+    seconds is imported here already.
 
     Where the server cannot be had, nothing happens.
     """
@@ -103,20 +106,25 @@ def fork() -> None:
         return
     for module in PRELOADED:
         importlib.import_module(module)
-    resource_tracker.ensure_running()  # no copy of this process; it lets interrupts through
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with contextlib.suppress(OSError), patch.object(util, "spawnv_passfds", _copy):
-            _start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with contextlib.suppress(OSError):
+        with _environment(PYTHONSAFEPATH="1"):
+            resource_tracker.ensure_running()  # no copy of this process; it lets interrupts through
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the copy inherits
+        try:
+            with patch.object(util, "spawnv_passfds", _copy):
+                _start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _copy(_: str, arguments: list[str], passed: list[int]) -> int:
     """The pid of a copy that does what `spawnv_passfds` would start: `python ... -c CODE`, with these descriptors."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # or the copy would write it as well
-    if pid := os.fork():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12, wherever another thread is
+        pid = os.fork()
+    if pid:
         return pid
     try:
         _forget()
@@ -135,12 +143,13 @@ def _forget() -> None:
     """In a copy: that a server was being started."""
     global _server, _starter
     _server, _starter = forkserver.ForkServer(), 0
+    _read.clear()
     util.spawnv_passfds = _spawn
 
 
 def _start() -> None:
-    """Where it does not run: it imports what would be imported here, and nothing from the working directory, where
-    `python -c`, which it is, would look first."""
+    """Where it does not run: it imports what would be imported here, and nothing from the working directory, where an
+    interpreter with `-c` would look first."""
     global _starter
     if not _starter:
         _read.update(_read_early())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv4_hal.cli import main
+from dsv4_hal.cli import run as run_verb
 
 
 @dataclass
@@ -34,7 +34,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         capfd.readouterr()
         code = 0
         try:
-            main()
+            run_verb()  # not as a program: this process has computed, and processes are not forked from it
         except SystemExit as left:
             code = int(left.code or 0)
         out, err = capfd.readouterr()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import dsv4_hal
-from dsv4_hal.cli import app, main
+from dsv4_hal.cli import app, run
 
 Tool = Callable[..., Any]
 VERBS = (
@@ -57,6 +58,42 @@ def test_processes_for_backends_where_no_stream_is_open() -> None:
     assert done.returncode == 0 and "22 cases: 22 shapes" in done.stdout
 
 
+RUNS = """
+import os, sys
+from dsv4_hal.cli import fork_server, main
+
+sys.argv = ["dsv4-hal", "conform", "--backend", "null", "-o", "hadamard", "--size", "tiny"]
+main_ended = ""
+try:
+    main()
+except SystemExit as end:
+    main_ended = f"exit code {end.code}"
+mine, server = (open(f"/proc/{pid}/cmdline").read() for pid in ("self", fork_server._server._forkserver_pid))
+print(main_ended, "a copy" if mine == server else "no copy")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each process starts from nothing")
+def test_a_verb_is_the_server_of_its_processes() -> None:
+    done = subprocess.run([sys.executable, "-c", RUNS], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.endswith("exit code 0 a copy\n"), done
+
+
+def test_a_closed_input_is_told_where_it_is_needed(tiny_dir: Path) -> None:
+    line = f"{sys.executable} -m dsv4_hal generate '{tiny_dir}' --backend reference --prompt - <&-"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and "standard input is closed" in done.stderr
+
+
+def test_an_interrupt_while_processes_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["dsv4-hal", "conform"])
+    with pytest.raises(SystemExit, match="130"):
+        run(interrupted)
+
+
 def test_no_vendor_package_is_imported() -> None:
     code = "import sys, dsv4_hal.cli; print([n for n in ('triton', 'torch_npu', 'matplotlib') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
@@ -67,7 +104,6 @@ def test_no_vendor_package_is_imported() -> None:
 def test_processes_for_backends_are_forked_from_a_copy_of_the_tool(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     monkeypatch.setattr("sys.argv", ["dsv4-hal", verb])
-    monkeypatch.setattr("dsv4_hal.cli.fork_server.fork", lambda: order.append("fork"))
     monkeypatch.setattr("dsv4_hal.cli.app", lambda: order.append("run"))
-    main()
+    run(lambda: order.append("fork"))
     assert order == (["fork"] if verb in ("conform", "compare", "bisect", "record") else []) + ["run"]
