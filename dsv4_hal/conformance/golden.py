@@ -45,7 +45,8 @@ def missing(directory: Path) -> str:
 def chosen(directory: Path, pattern: str = "", modes: Sequence[str] = MODES) -> dict[str, list[str]]:
     """Mode -> names of what is compared, logits or blocks, whose id contains the pattern.
 
-    ValueError for a damaged file."""
+    ValueError for a damaged file.
+    """
     found: dict[str, list[str]] = {}
     for mode in [mode for mode in modes if mode in FILES]:  # nobody published values in another profile
         try:

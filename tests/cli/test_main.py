@@ -59,17 +59,16 @@ def test_processes_for_backends_where_no_stream_is_open() -> None:
 
 
 RUNS = """
-import os, sys
+import sys
 from dsv4_hal.cli import fork_server, main
 
 sys.argv = ["dsv4-hal", "conform", "--backend", "null", "-o", "hadamard", "--size", "tiny"]
-main_ended = ""
 try:
     main()
 except SystemExit as end:
-    main_ended = f"exit code {end.code}"
+    ended = f"exit code {end.code}"
 mine, server = (open(f"/proc/{pid}/cmdline").read() for pid in ("self", fork_server._server._forkserver_pid))
-print(main_ended, "a copy" if mine == server else "no copy")
+print(ended, "a copy" if mine == server else "no copy")
 """
 
 
