@@ -57,9 +57,10 @@ def run(prepare: Callable[[], None] | None = None) -> None:
     prepare  is called first where the verb runs backends in processes of their own
     """
     if sys.stdin is None:  # closed: the next file would be opened in its place, and taken for it by a process
-        os.open(os.devnull, os.O_RDONLY)
+        os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
     if sys.stderr is None:  # closed: notes have nowhere to go, and answers must not be lost for it
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+        os.set_inheritable(sys.stderr.fileno(), True)
     if sys.stdout is None:
         _fail(ValueError("standard output is closed"), 2)
     before = signal.getsignal(signal.SIGTERM)
