@@ -28,20 +28,11 @@ import torch
 
 from dsv4_hal.backend import BackendError
 from dsv4_hal.cli.conform import LONGEST, SHORTEST, chosen_jobs
-from dsv4_hal.conformance.report import Run
-from dsv4_hal.conformance.runner import (
-    DEFAULT_SIZE,
-    GRAD,
-    LIMIT,
-    About,
-    Extent,
-    Job,
-    Outcome,
-    Worker,
-    affordable,
-    judge,
-)
-from dsv4_hal.conformance.waivers import read_waivers
+from dsv4_hal.conformance.judging.results import DEFAULT_SIZE, GRAD, About, Extent, Job, Outcome, affordable
+from dsv4_hal.conformance.judging.verdict import judge
+from dsv4_hal.conformance.judging.waivers import read_waivers
+from dsv4_hal.conformance.judging.worker import LIMIT, Worker
+from dsv4_hal.conformance.reports.report import Run
 from dsv4_hal.numerics import MODES, mode_names
 from dsv4_hal.ops import SIZES
 

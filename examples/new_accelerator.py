@@ -18,9 +18,10 @@ from rich.table import Table
 from torch import Tensor
 
 from dsv4_hal.backends.reference import Reference
-from dsv4_hal.conformance.cells import share
-from dsv4_hal.conformance.report import Run
-from dsv4_hal.conformance.runner import About, Extent, Outcome, jobs, run
+from dsv4_hal.conformance.judging.results import About, Extent, Outcome, jobs
+from dsv4_hal.conformance.judging.verdict import run
+from dsv4_hal.conformance.reports.cells import share
+from dsv4_hal.conformance.reports.report import Run
 from dsv4_hal.ops import OPS
 
 SIZE = "interpreted"  # `conform` runs larger cases too

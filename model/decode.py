@@ -4,7 +4,7 @@ Everything that such a step reads beside weights and pools (tokens, positions, t
 on the device, at the same addresses in every step; the host works it out and sends it in one copy. No shape hangs on
 how far a sequence is. So the step can be captured once in a CUDA graph and run again: that is done on a CUDA device;
 elsewhere the same step runs as it is. Cosines come from the host, and may differ in their last bit from an ordinary
-step's. `dsv4_hal.conformance.steady` checks that a backend's ops keep to it.
+step's. `dsv4_hal.conformance.models.steady` checks that a backend's ops keep to it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-import dsv4_hal.conformance.runner  # noqa: F401  (or each session here would import it, and its processes, anew)
+import dsv4_hal.conformance.judging.verdict  # noqa: F401  (or each session here would import it, and its processes, anew)
 
 pytest_plugins = ["pytester"]
 

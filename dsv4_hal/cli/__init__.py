@@ -29,7 +29,7 @@ from dsv4_hal.cli.init import init
 from dsv4_hal.cli.record import record
 from dsv4_hal.cli.report import report
 from dsv4_hal.cli.selection import backends, explain
-from dsv4_hal.conformance import fork_server
+from dsv4_hal.conformance.workers import fork_server
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="DeepSeek-V4 on any backend.", pretty_exceptions_enable=False

@@ -28,8 +28,8 @@ from dsv4_hal.cli.compare import (
 from dsv4_hal.cli.conform import known_mode
 
 if TYPE_CHECKING:
-    from dsv4_hal.conformance.drift import Call
-    from dsv4_hal.conformance.model_compare import Bisected
+    from dsv4_hal.conformance.models.compare import Bisected
+    from dsv4_hal.conformance.models.drift import Call
 
 
 def bisect(
@@ -56,8 +56,8 @@ def bisect(
     Exit codes: 0 none found, 1 found, or the second backend fails, 2 usage or a bundle that cannot be read, 3 backend
     unavailable, or the first one fails.
     """
-    from dsv4_hal.conformance.model_compare import bisect_live, bisect_recorded
-    from dsv4_hal.conformance.model_run import LIMIT
+    from dsv4_hal.conformance.models.compare import bisect_live, bisect_recorded
+    from dsv4_hal.conformance.models.run import LIMIT
 
     if model is None or (backends is None and against is None):
         raise ValueError("name what to compare: --backends a,b --model DIR, or --against BUNDLE --model DIR")
@@ -83,7 +83,7 @@ def bisect(
 
 def _show(found: Bisected) -> None:
     """The ops of the part, and the first wrong one."""
-    from dsv4_hal.conformance.cells import share
+    from dsv4_hal.conformance.reports.cells import share
 
     console, head = common.console(), found.compared.head
     backend = head["backends"][0]

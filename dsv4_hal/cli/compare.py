@@ -19,8 +19,8 @@ from dsv4_hal.cli.conform import conclude, known_mode, progress
 from dsv4_hal.registry import FALLBACK
 
 if TYPE_CHECKING:
-    from dsv4_hal.conformance.model_compare import Compared, Tell
-    from dsv4_hal.conformance.replay import Script
+    from dsv4_hal.conformance.models.compare import Compared, Tell
+    from dsv4_hal.conformance.models.replay import Script
 
 Backends = Annotated[
     str | None, typer.Option(help="Backends with commas; each is compared with the first.", metavar="A,B[,C]")
@@ -69,9 +69,9 @@ def compare(
     Exit codes: 0 agrees, 1 disagrees, 2 usage or a bundle that cannot be read, 3 backend unavailable, or the one that
     others are compared with fails, 4 a waiver is stale.
     """
-    from dsv4_hal.conformance import saved
-    from dsv4_hal.conformance.model_compare import live
-    from dsv4_hal.conformance.model_run import LIMIT
+    from dsv4_hal.conformance.models.compare import live
+    from dsv4_hal.conformance.models.run import LIMIT
+    from dsv4_hal.conformance.reports import saved
 
     options = (mode, tokens, prompt, decode, chunk, seed)
     if against is not None:
@@ -127,8 +127,8 @@ def script(
     seed: int | None,
 ) -> Script:
     """What is run: the prompts given, or random tokens. ValueError where the model has no room for it."""
-    from dsv4_hal.conformance.model_run import check_room
-    from dsv4_hal.conformance.replay import Script
+    from dsv4_hal.conformance.models.replay import Script
+    from dsv4_hal.conformance.models.run import check_room
     from dsv4_hal.model.tokenizer import encode, load_tokenizer
 
     cfg, directory = common.checkpoint(model)
@@ -159,11 +159,11 @@ def _lengths(text: str) -> list[int]:
 
 
 def _recorded_cases(against: Path, backend: str, out: Path | None) -> None:
-    from dsv4_hal.conformance import container
-    from dsv4_hal.conformance.answers import LIVE
-    from dsv4_hal.conformance.bundle import read_bundle
-    from dsv4_hal.conformance.report import Run
-    from dsv4_hal.conformance.runner import judge
+    from dsv4_hal.conformance.answers.known import LIVE
+    from dsv4_hal.conformance.judging.verdict import judge
+    from dsv4_hal.conformance.reports.bundle import read_bundle
+    from dsv4_hal.conformance.reports.report import Run
+    from dsv4_hal.conformance.workers import container
 
     if backend != "reference":
         raise ValueError("cases of the contract are compared with the reference; --backend goes with a model's bundle")
@@ -185,7 +185,7 @@ def _recorded_cases(against: Path, backend: str, out: Path | None) -> None:
 
 
 def _recorded_model(against: Path, model: str, backend: str, limit: float, out: Path | None) -> None:
-    from dsv4_hal.conformance.model_compare import recorded
+    from dsv4_hal.conformance.models.compare import recorded
 
     with telling() as tell:
         found = recorded(model, against, backend, tell, limit)
@@ -194,7 +194,7 @@ def _recorded_model(against: Path, model: str, backend: str, limit: float, out: 
 
 def conclude_model(compared: Compared, out: Path | None) -> None:
     """Show a comparison, write its files, and leave with its exit code."""
-    from dsv4_hal.conformance.model_report import write
+    from dsv4_hal.conformance.reports.model_report import write
 
     show_model(compared)
     if out is not None:
@@ -205,9 +205,9 @@ def conclude_model(compared: Compared, out: Path | None) -> None:
 
 
 def show_model(compared: Compared) -> None:
-    from dsv4_hal.conformance.drift import GOOD, Part
-    from dsv4_hal.conformance.model_compare import headline
-    from dsv4_hal.conformance.model_report import cells
+    from dsv4_hal.conformance.models.compare import headline
+    from dsv4_hal.conformance.models.drift import GOOD, Part
+    from dsv4_hal.conformance.reports.model_report import cells
 
     console = common.console()
     for backend in compared.head["backends"]:

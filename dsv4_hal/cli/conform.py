@@ -22,8 +22,9 @@ from dsv4_hal.registry import FALLBACK
 SHORTEST, LONGEST = 0.1, 86400.0  # seconds that a case may be given
 
 if TYPE_CHECKING:
-    from dsv4_hal.conformance.report import Run
-    from dsv4_hal.conformance.runner import About, Extent, Job, Outcome, Worker
+    from dsv4_hal.conformance.judging.results import About, Extent, Job, Outcome
+    from dsv4_hal.conformance.judging.worker import Worker
+    from dsv4_hal.conformance.reports.report import Run
 
 
 Op = Annotated[list[str] | None, typer.Option("-o", "--op", help="Only this op, or family of ops.")]
@@ -67,14 +68,16 @@ def conform(
 
     Exit codes: 0 agrees, 1 disagrees, 2 usage, 3 backend unavailable, 4 a waiver is stale.
     """
-    from dsv4_hal.conformance import runner, saved
-    from dsv4_hal.conformance.answers import Answers, answers
-    from dsv4_hal.conformance.report import Run
-    from dsv4_hal.conformance.waivers import read_waivers
+    from dsv4_hal.conformance.answers.known import Answers, answers
+    from dsv4_hal.conformance.judging import results
+    from dsv4_hal.conformance.judging.waivers import read_waivers
+    from dsv4_hal.conformance.judging.worker import LIMIT, Worker
+    from dsv4_hal.conformance.reports import saved
+    from dsv4_hal.conformance.reports.report import Run
 
     if mutants:
         others = (op, pattern, mode, grad, out, show_cases, golden, generate, seed is not None)
-        if any(others) or (backend, size, limit) != ("reference", "quick", runner.LIMIT):
+        if any(others) or (backend, size, limit) != ("reference", "quick", LIMIT):
             raise ValueError(
                 "--mutants runs all wrong backends on the cases of their ops; it goes with no other option"
             )
@@ -100,14 +103,14 @@ def conform(
     if out is not None:
         saved.folder(out, saved.OPS_FILE)
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the worker has the other half
-    outcomes: list[runner.Outcome] = []
+    outcomes: list[results.Outcome] = []
     interrupted_of: int | None = None
-    with runner.Worker(backend, runner.modes(work)) as worker:
+    with Worker(backend, results.modes(work)) as worker:
         waivers = read_waivers(Path(worker.about.waivers))
         work, extent = within(backend, work, worker.about, size)
         if generate:
-            extent = runner.Extent(extent.size, extent.affords, seed=seed or 0)
-            ops, modes = {job.op: None for job in work}, runner.modes(work)
+            extent = results.Extent(extent.size, extent.affords, seed=seed or 0)
+            ops, modes = {job.op: None for job in work}, results.modes(work)
             total, bar = generate * len(ops) * len(modes), progress(len(ops), "ops")
             found = _drawn(worker, list(ops), generate, modes, extent, limit)
         else:
@@ -124,10 +127,10 @@ def conform(
 
 
 def _listed(worker: Worker, work: Sequence[Job], known: Iterable[Outcome], limit: float) -> Iterator[list[Outcome]]:
-    from dsv4_hal.conformance import runner
+    from dsv4_hal.conformance.judging import verdict
 
     for job, made in worker.map(work, limit):
-        yield [runner.judge(worker.backend, job, made)]
+        yield [verdict.judge(worker.backend, job, made)]
     for outcome in known:
         yield [outcome]
 
@@ -136,7 +139,7 @@ def _drawn(
     worker: Worker, ops: Sequence[str], count: int, modes: Sequence[str], extent: Extent, limit: float
 ) -> Iterator[list[Outcome]]:
     """Cases that are drawn, op by op."""
-    from dsv4_hal.conformance.generated import generate
+    from dsv4_hal.conformance.judging.generated import generate
 
     try:
         yield from generate(worker, ops, count, modes, extent.classes[-1], extent.seed or 0, limit)
@@ -147,8 +150,8 @@ def _drawn(
 def conclude(run: Run, out: Path | None) -> None:
     """Show a run, write its files, and leave with its exit code. One that was interrupted does not replace another that
     was not."""
-    from dsv4_hal.conformance import saved
-    from dsv4_hal.conformance.report import write
+    from dsv4_hal.conformance.reports import saved
+    from dsv4_hal.conformance.reports.report import write
 
     show(run)
     if out is not None and run.interrupted and saved.finished(out):
@@ -166,23 +169,23 @@ def conclude(run: Run, out: Path | None) -> None:
 
 def chosen_jobs(op: Sequence[str] | None, pattern: str, mode: str | None, size: str, grad: bool) -> list[Job]:
     """The cases that the options choose. ValueError where they choose none, or name what is not there."""
-    from dsv4_hal.conformance import runner
-    from dsv4_hal.conformance.named import split
+    from dsv4_hal.conformance.judging import results
+    from dsv4_hal.conformance.judging.named import split
 
     known_mode(mode)
     if grad and mode not in (None, "exact"):
         raise ValueError(f"--grad is in mode exact: mode {mode} rounds, and has no gradients")
     known_size(size)
     ops = chosen_ops(op or ())
-    modes: tuple[str, ...] = (runner.GRAD,) if grad else MODES if mode is None else (mode,)
+    modes: tuple[str, ...] = (results.GRAD,) if grad else MODES if mode is None else (mode,)
     id, _, pasted = pattern.partition("@")
     if split(id):
         return _pasted(id, pasted, modes, ops)
     if grad and not (ops := [op for op in ops if OPS[op].grad]):
         raise ValueError(f"no case of {', '.join(op or ())} has gradients")
-    if work := runner.jobs(ops, pattern, modes, size):
+    if work := results.jobs(ops, pattern, modes, size):
         return work
-    if larger := runner.jobs(ops, pattern, modes, SIZES[-1]):
+    if larger := results.jobs(ops, pattern, modes, SIZES[-1]):
         raise ValueError(f"{larger[0].case} is larger than --size {size}: it needs --size {larger[0].size}")
     raise ValueError(f"no case has {pattern!r} in its id; conform --list shows them all")
 
@@ -202,31 +205,31 @@ def known_size(size: str) -> None:
 
 def _pasted(id: str, pasted: str, modes: Sequence[str], ops: Sequence[str]) -> list[Job]:
     """The case that a whole id names, whatever its size and whether or not it is listed: somebody saw it fail."""
-    from dsv4_hal.conformance import runner
-    from dsv4_hal.conformance.named import named, try_out
+    from dsv4_hal.conformance.judging import results
+    from dsv4_hal.conformance.judging.named import named, try_out
 
-    if pasted not in ("", *mode_names(), runner.GRAD):
-        raise ValueError(f"{id}@{pasted}: a case runs in mode {', '.join(mode_names())} or {runner.GRAD}")
+    if pasted not in ("", *mode_names(), results.GRAD):
+        raise ValueError(f"{id}@{pasted}: a case runs in mode {', '.join(mode_names())} or {results.GRAD}")
     case, op = named(id), id.partition("[")[0]
     try_out(case)
     if op not in ops:
         raise ValueError(f"{id} is a case of {op}, and -o chooses others")
     chosen = [pasted] if pasted else modes
-    if runner.GRAD in chosen and not OPS[op].grad:
+    if results.GRAD in chosen and not OPS[op].grad:
         raise ValueError(f"{op} has no gradients")
-    return [runner.Job(op, id, mode, case.size) for mode in chosen]
+    return [results.Job(op, id, mode, case.size) for mode in chosen]
 
 
 def within(backend: str, work: Sequence[Job], about: About, size: str) -> tuple[list[Job], Extent]:
     """The jobs that a backend affords, and what to tell of those that it does not. ValueError where it affords none."""
-    from dsv4_hal.conformance import runner
+    from dsv4_hal.conformance.judging import results
 
-    kept = runner.affordable(work, about)
+    kept = results.affordable(work, about)
     if work and not kept:
         raise ValueError(
             f"backend {backend} affords {about.affords} cases at most, and all {len(work)} chosen are larger"
         )
-    return kept, runner.Extent(size, about.affords, len(work) - len(kept))
+    return kept, results.Extent(size, about.affords, len(work) - len(kept))
 
 
 def chosen_ops(names: Sequence[str]) -> list[str]:
@@ -239,8 +242,8 @@ def chosen_ops(names: Sequence[str]) -> list[str]:
 
 
 def show(run: Run) -> None:
-    from dsv4_hal.conformance.report import rows
-    from dsv4_hal.conformance.text import one_line
+    from dsv4_hal.conformance.reports.report import rows
+    from dsv4_hal.conformance.workers.text import one_line
 
     table = Table()
     for title in ("op", "runs as", "cases", "failed", "of budget"):

@@ -11,8 +11,8 @@ from dsv4_hal.cli.compare import Chunk, Decode, ModelDir, Prompt, Seed, Tokens, 
 from dsv4_hal.cli.conform import Grad, Mode, Op, Pattern, chosen_jobs, known_mode, progress, within
 
 if TYPE_CHECKING:
-    from dsv4_hal.conformance.replay import Script
-    from dsv4_hal.conformance.runner import Job
+    from dsv4_hal.conformance.judging.results import Job
+    from dsv4_hal.conformance.models.replay import Script
 
 
 def record(
@@ -46,10 +46,10 @@ def record(
 
     Exit codes: 0 written, 2 usage or a file that cannot be written, 3 backend unavailable, or it fails on the model.
     """
-    from dsv4_hal.conformance.container import refuse_existing
-    from dsv4_hal.conformance.model_run import LIMIT as STEP
-    from dsv4_hal.conformance.runner import DEFAULT_SIZE
-    from dsv4_hal.conformance.runner import LIMIT as CASE
+    from dsv4_hal.conformance.judging.results import DEFAULT_SIZE
+    from dsv4_hal.conformance.judging.worker import LIMIT as CASE
+    from dsv4_hal.conformance.models.run import LIMIT as STEP
+    from dsv4_hal.conformance.workers.container import refuse_existing
 
     refuse_existing(out)
     if model is None and (ops or any(option is not None for option in (tokens, prompt, decode, chunk, seed))):
@@ -79,13 +79,14 @@ def _try(out: Path) -> None:
 
 
 def _cases(out: Path, backend: str, work: list[Job], size: str, limit: float) -> str:
-    from dsv4_hal.conformance import runner
-    from dsv4_hal.conformance.bundle import write_bundle
-    from dsv4_hal.conformance.text import counted
-    from dsv4_hal.conformance.waivers import read_waivers
+    from dsv4_hal.conformance.judging import results
+    from dsv4_hal.conformance.judging.waivers import read_waivers
+    from dsv4_hal.conformance.judging.worker import Worker
+    from dsv4_hal.conformance.reports.bundle import write_bundle
+    from dsv4_hal.conformance.workers.text import counted
 
     made = []
-    with runner.Worker(backend, runner.modes(work)) as worker:
+    with Worker(backend, results.modes(work)) as worker:
         waivers = read_waivers(Path(worker.about.waivers))
         work, extent = within(backend, work, worker.about, size)
         with progress(len(work)) as advance:
@@ -98,7 +99,7 @@ def _cases(out: Path, backend: str, work: list[Job], size: str, limit: float) ->
 
 
 def _model(out: Path, backend: str, model: str, mode: str, plan: Script, ops: bool, limit: float) -> str:
-    from dsv4_hal.conformance.model_run import record
+    from dsv4_hal.conformance.models.run import record
 
     with telling() as tell:
         record(out, model, backend, mode, plan, ops, tell(f"{backend}, freely"), limit)

@@ -19,8 +19,8 @@ def report(
 
     Exit codes: 0 written, whatever the verdicts on it; 2 usage, or results that cannot be read.
     """
-    from dsv4_hal.conformance import html, saved
-    from dsv4_hal.conformance.text import counted
+    from dsv4_hal.conformance.reports import html, saved
+    from dsv4_hal.conformance.workers.text import counted
 
     if out.suffix != ".html":  # never over results
         raise ValueError(f"--out must be a file whose name ends in .html, got {out}")

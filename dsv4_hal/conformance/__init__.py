@@ -1,6 +1,6 @@
 """Whether two backends agree: running a case, comparing its results, and how far they may differ."""
 
-from dsv4_hal.conformance.compare import (
+from dsv4_hal.conformance.judging.compare import (
     Budget,
     Comparison,
     bitwise,

@@ -16,7 +16,7 @@ from dsv4_hal import formats
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.batch import Batch, cos_sin
 from dsv4_hal.conformance import Budget, bitwise, budget, compare, run_case, widen
-from dsv4_hal.conformance.oracle import F64, Naive
+from dsv4_hal.conformance.oracles.naive import F64, Naive
 from dsv4_hal.dispatch import Resolved, resolve
 from dsv4_hal.formats import FORMATS, Weight, plain_format
 from dsv4_hal.numerics import Numerics, deployed, exact

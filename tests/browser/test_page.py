@@ -15,12 +15,12 @@ from selenium.webdriver import Chrome, ChromeOptions, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 
-from dsv4_hal.conformance import html, model_report, report, saved
-from dsv4_hal.conformance.drift import Free, Part, Picks
-from dsv4_hal.conformance.model_compare import Compared
-from dsv4_hal.conformance.report import Run
-from dsv4_hal.conformance.runner import About, Outcome, jobs
-from dsv4_hal.conformance.waivers import Waiver
+from dsv4_hal.conformance.judging.results import About, Outcome, jobs
+from dsv4_hal.conformance.judging.waivers import Waiver
+from dsv4_hal.conformance.models.compare import Compared
+from dsv4_hal.conformance.models.drift import Free, Part, Picks
+from dsv4_hal.conformance.reports import html, model_report, report, saved
+from dsv4_hal.conformance.reports.report import Run
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dsv4_hal.conformance import mutants, runner
+from dsv4_hal.conformance import mutants
+from dsv4_hal.conformance.judging import results, verdict
 
 Tool = Callable[..., Any]
 FEW = ("-o", "swiglu", "-p", "tokens=5", "--mode", "exact")
@@ -150,23 +151,23 @@ def test_drawn_cases_can_be_pasted_back(tool: Tool, tmp_path: Path) -> None:
 
 def test_an_interrupted_run_says_so_and_replaces_no_other(tool: Tool, tmp_path: Path, monkeypatch: Any) -> None:
     some = ("conform", *FEW, "--out", tmp_path)
-    judge, seen = runner.judge, list[str]()
+    judge, seen = verdict.judge, list[str]()
 
-    def interrupted(backend: str, job: runner.Job, made: runner.Produced) -> runner.Outcome:
+    def interrupted(backend: str, job: results.Job, made: results.Produced) -> results.Outcome:
         if len(seen) == 3:
             raise KeyboardInterrupt
         seen.append(job.id)
         return judge(backend, job, made)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "judge", interrupted)
+        patch.setattr(verdict, "judge", interrupted)
         done = tool(*some)
     assert done.code == 130 and "interrupted after 3 of 8 cases; reference: " in done.out, done.err
     assert "interrupted after 3 of 8 cases" in (tmp_path / "report.html").read_text()
     assert tool(*some).code == 0
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     seen.clear()
-    monkeypatch.setattr(runner, "judge", interrupted)
+    monkeypatch.setattr(verdict, "judge", interrupted)
     done = tool(*some)
     assert done.code == 130 and "not written: " in done.err
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

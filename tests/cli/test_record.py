@@ -15,8 +15,8 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dsv4_hal.conformance import bundle as bundles
-from dsv4_hal.conformance import container
+from dsv4_hal.conformance.reports import bundle as bundles
+from dsv4_hal.conformance.workers import container
 
 Tool = Callable[..., Any]
 FEW = ("-o", "swiglu", "-o", "index_topk", "-o", "quantize", "-p", "5", "--mode", "deployed")
@@ -118,13 +118,13 @@ def test_bundles_that_cannot_be_judged(tool: Tool, bundle: Path, monkeypatch: py
     )
     assert "its checksum does not fit" in refused(lied)
     with monkeypatch.context() as patch:
-        patch.setattr("dsv4_hal.conformance.bundle.contract", lambda: "other")
+        patch.setattr("dsv4_hal.conformance.reports.bundle.contract", lambda: "other")
         assert "whose cases are others than those here" in refused(bundle)
     with monkeypatch.context() as patch:
-        patch.setattr("dsv4_hal.conformance.bundle.inputs", lambda: "other")
+        patch.setattr("dsv4_hal.conformance.reports.bundle.inputs", lambda: "other")
         assert "drew other inputs there" in refused(bundle)
     with monkeypatch.context() as patch:
-        patch.setattr("dsv4_hal.conformance.container.FORMAT", "4")
+        patch.setattr("dsv4_hal.conformance.workers.container.FORMAT", "4")
         assert "of format 3; this version reads format 4" in refused(bundle)
     assert tool("compare", "--against", bundle).code == 0
 

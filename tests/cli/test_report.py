@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dsv4_hal.conformance import report
-from dsv4_hal.conformance.report import Run
-from dsv4_hal.conformance.runner import About, Outcome
+from dsv4_hal.conformance.judging.results import About, Outcome
+from dsv4_hal.conformance.reports import report
+from dsv4_hal.conformance.reports.report import Run
 
 Tool = Callable[..., Any]
 

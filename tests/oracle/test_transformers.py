@@ -17,7 +17,7 @@ from peer_transformers import hf_model  # noqa: E402
 
 import dsv4_hal  # noqa: E402
 from dsv4_hal import Batch  # noqa: E402
-from dsv4_hal.conformance.transformers_oracle import stable_order  # noqa: E402
+from dsv4_hal.conformance.oracles.transformers import stable_order  # noqa: E402
 from dsv4_hal.model.config import ModelConfig  # noqa: E402
 from dsv4_hal.model.transformer import Model  # noqa: E402
 from dsv4_hal.ops import KV  # noqa: E402

@@ -1,4 +1,4 @@
-from dsv4_hal.conformance.runner import Outcome
+from dsv4_hal.conformance.judging.results import Outcome
 
 
 def test_contract(conformance_outcome: Outcome) -> None:

@@ -96,8 +96,8 @@ class TestInterpreted:
         assert info.reason.startswith("interpreted on the CPU by triton 3.9.")
 
     def test_every_headline_says_so(self):
-        from dsv4_hal.conformance.report import Run
-        from dsv4_hal.conformance.runner import About
+        from dsv4_hal.conformance.judging.results import About
+        from dsv4_hal.conformance.reports.report import Run
         from dsv4_hal.environment import environment
 
         run = Run("cuda", [], About("", {}, environment(["cuda"])))

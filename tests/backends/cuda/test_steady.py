@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'dsv4
 
 from dsv4_hal.backends.cuda import Cuda
 from dsv4_hal.backends.triton_kernels.runtime import watching
-from dsv4_hal.conformance.steady import NotSteady, Steady
+from dsv4_hal.conformance.models.steady import NotSteady, Steady
 from dsv4_hal.dispatch import resolve
 from dsv4_hal.model.decode import Decoder
 from dsv4_hal.model.transformer import Model

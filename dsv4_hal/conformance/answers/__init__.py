@@ -1,0 +1,1 @@
+"""What is known beforehand: closed forms and golden vectors."""

@@ -1,0 +1,1 @@
+"""One case: run on a backend, watched, and judged."""

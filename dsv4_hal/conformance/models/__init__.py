@@ -1,0 +1,1 @@
+"""Whole models: replayed, compared, and where two of them part."""
