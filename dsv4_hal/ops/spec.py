@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -82,14 +82,17 @@ class Case:
     """One call to try. `id` is unique and seeds the generator; `run` makes its inputs from the
     generator (on the CPU), calls the op, and returns every result by name, mutated state included.
 
-    size  one of SIZES
-    grad  whether it is a case for the op's gradients as well
+    size        one of SIZES
+    grad        whether it is a case for the op's gradients as well
+    function    what `run` calls, and with which `parameters`: those that the id names
     """
 
     id: str
     run: Callable[[Resolved, torch.Generator], dict[str, Tensor]]
     size: str = "tiny"
     grad: bool = False
+    function: Callable[..., dict[str, Tensor]] | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 Cases = Iterable[Case]

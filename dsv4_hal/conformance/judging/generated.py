@@ -97,7 +97,7 @@ def _ids(op: str, run: Callable[..., Any], parameters: dict[str, inspect.Paramet
     """Ids of one of the functions that run an op's cases."""
     from hypothesis import strategies as st
 
-    seen = [one.run.keywords for one in listed(op).values() if one.run.func is run]  # type: ignore[attr-defined]
+    seen = [one.parameters for one in listed(op).values() if one.function is run]
     draw = {name: _values(name, p, [k[name] for k in seen if name in k], most) for name, p in parameters.items()}
     required = {name: values for name, values in draw.items() if parameters[name].default is inspect.Parameter.empty}
     optional = {name: values for name, values in draw.items() if name not in required}

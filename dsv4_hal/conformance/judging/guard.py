@@ -190,6 +190,7 @@ def _bytes(t: Tensor) -> bytes:
 
 def _around(out: Tensor) -> bytes:
     """The bytes of `out`'s storage that are not its own."""
-    whole = torch.empty(0, dtype=torch.uint8, device=out.device).set_(out.untyped_storage())
-    first, last = out.storage_offset() * out.itemsize, (out.storage_offset() + out.numel()) * out.itemsize
-    return _bytes(torch.cat([whole[:first], whole[last:]]))
+    whole = torch.empty(0, dtype=torch.uint8, device=out.device).set_(out.untyped_storage()).clone()
+    own = torch.empty(0, dtype=out.dtype, device=out.device).set_(whole.untyped_storage())
+    own.as_strided(out.shape, out.stride(), out.storage_offset()).zero_()
+    return _bytes(whole)
