@@ -88,7 +88,7 @@ def _loose(op: str, strides: str, run: Callable[..., Results], ops: Resolved, ge
         setattr(ops, op, called)
 
 
-def _loosened(value: object, strides: str) -> object:
+def _loosened(value: Any, strides: str) -> Any:
     if type(value) is tuple:  # tables of cosines and sines
         return tuple(_loosened(part, strides) for part in value)
     if type(value) is QTensor and value.scale is not None:  # an activation; a Weight lies as its backend wants it
