@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import wraps
@@ -58,10 +59,12 @@ class Resolved(Ops):
 
     resolutions  what every op got, in the order of OPS
     passed       backends that an automatic choice passed over, and why
+    watch        what watches the operations below the ops, where something does
     """
 
     resolutions: tuple[Resolution, ...]
     passed: Passed
+    watch: AbstractContextManager[Any] = nullcontext()
 
     def __init__(self, primary: Backend) -> None:
         self.primary = primary

@@ -47,7 +47,7 @@ class Compare(Enum):
     """How two results of an op are compared, after dtype, shape and device."""
 
     BITWISE = "bitwise"  # every bit equal
-    NMSE = "nmse"  # mean square error over mean square, and largest error over largest value
+    NMSE = "nmse"  # element by element, within what float32 may make of it
     SELECTION = "selection"  # picks: valid, distinct, visible; sets equal up to a margin of scores
     STATISTICAL = "statistical"  # a distribution, by many draws
 
@@ -56,16 +56,14 @@ class Compare(Enum):
 class Tolerance:
     """How far a backend may be from the reference.
 
-    factor   budget = factor x the reference's own error in the profile's dtypes against the same profile with float64
-             between its rounding points; unused for BITWISE
-    why      one sentence: what may legitimately differ
-    rounded  field of the profile that holds the dtype of the last rounding, where the result's own dtype is finer
+    factor  how many times the errors of float32, as `dsv4_hal/conformance/judging/account.py` states them, a backend's
+            may be; unused for BITWISE
+    why     one sentence: what may legitimately differ
     """
 
     compare: Compare
     factor: float
     why: str
-    rounded: str = ""
 
 
 # Size classes of cases, each run with those before it. A backend runs those that it can afford.

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from dsv4_hal.backend import described
 from dsv4_hal.batch import Batch
-from dsv4_hal.conformance.judging.compare import derive, nmse
+from dsv4_hal.conformance.judging.budget import derive, nmse, of_budget
 from dsv4_hal.conformance.judging.results import Outcome
-from dsv4_hal.conformance.judging.verdict import of_budget
 from dsv4_hal.conformance.models.drift import FACTOR, raised
 from dsv4_hal.conformance.models.run import load
 from dsv4_hal.model.step import Step

@@ -184,7 +184,7 @@ def _memory(t: Tensor) -> int:
 
 
 def _bytes(t: Tensor) -> bytes:
-    t = t.detach().cpu().contiguous().reshape(-1)
+    t = t.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)  # one element may have any stride
     return t.view(torch.uint8).numpy().tobytes() if t.numel() else b""
 
 

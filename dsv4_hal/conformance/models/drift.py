@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dsv4_hal.conformance.judging.compare import FLIPPED, UNIT, Budget, bitwise, derive, measure, nmse, row_format
-from dsv4_hal.conformance.judging.verdict import of_budget
+from dsv4_hal.conformance.judging.budget import FLIPPED, UNIT, Budget, derive, nmse, of_budget, row_format
+from dsv4_hal.conformance.judging.compare import bitwise, measure
 from dsv4_hal.conformance.models.replay import PICKS, Seen, likeliest
 from dsv4_hal.conformance.models.run import ModelRun
 from dsv4_hal.numerics import Numerics, numerics_for

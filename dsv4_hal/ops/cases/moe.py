@@ -62,8 +62,10 @@ def _route(
     if bias:  # large enough to change most picks; a weight that contains it is far off
         added = normal(ops, generator, experts, dtype=torch.float32, scale=4.0)
     picks, weights = ops.route(logits, k, 1.5, added)
-    score = torch.logaddexp(logits, torch.zeros_like(logits)).sqrt()
-    return {"picks": picks, "weights": weights, "candidates": score if added is None else score + added}
+    with ops.watch:  # as an op is: what it reckons is as far off as what an op does
+        score = torch.logaddexp(logits, torch.zeros_like(logits)).sqrt()
+        candidates = score if added is None else score + added
+    return {"picks": picks, "weights": weights, "candidates": candidates}
 
 
 def _route_given(ops: Resolved, generator: torch.Generator, tokens: int, experts: int, k: int) -> Results:
