@@ -6,10 +6,10 @@ A `Run` watches the torch operations below an op of the contract, in a profile w
   signs from a seed (`noise`);
 - it writes down every decision of a rounding point inside the op, and of every sort, and may take those of another run
   (`decided`): the errors then move what lies between two rounding points, and flip no decision;
-- it may turn round the closest of these decisions (`flips`).
+- it may turn round some of these decisions (`flips`).
 
-The error that is put in, in units of 2^-24 of the result (half the last place of float32), and none where the result is
-a float32 number exactly, as sums of small whole numbers are:
+The error that is put in, in units of 2^-24 of the result (half the last place of float32), and none where float32 holds
+the result exactly, as it does sums of small whole numbers:
     1                                       one operation: a sum, product, quotient, square root
     4 + 2 |argument of an exponential|      a function: two units in the last place, and its argument rounded
     2 sqrt(K) max(norm, |sum|)              a sum of K terms, norm = root of the sum of their squares: the largest of
@@ -80,7 +80,7 @@ class Run(TorchDispatchMode):
     noise    multiple of the errors above that is put in; 0: none
     seed     of their signs
     decided  decisions of another run of the same case, to be taken as they were; None: this run makes its own
-    flips    which decisions are turned round, by their number; as far as they are roundings
+    flips    in which decisions, by their number, two elements are turned round
     tape     the decisions of this run
     inside   whether something was rounded to less than float32, and read again: such a decision may fall otherwise
     """
@@ -214,10 +214,18 @@ class Run(TorchDispatchMode):
             amount = 8 * func(*_mapped(args, lambda t: t.abs() if t.is_floating_point() else t), **kwargs)
         else:
             amount = _of_sum(func, args, kwargs, result)
-        # Where float32 holds the result, sums and products of float32 numbers are exact in any order.
-        amount = amount.masked_fill_((result.float().double() == result) | ~result.isfinite(), 0)
+        amount = amount.masked_fill_(_exact(result, kind) | ~result.isfinite(), 0)
         signs = torch.randint(0, 2, result.shape, generator=self._signs).mul_(2).sub_(1)
         result.add_(amount.mul_(signs).mul_(self.noise * HALF_ULP))
+
+
+def _exact(result: Tensor, kind: str) -> Tensor:
+    """Where float32 makes no error: it holds the result. A sum may come out so by chance, while what it was added up
+    from did not; that has few bits only where all of it had (by chance in one of 2^13 sums of 16 terms)."""
+    held = result.float()
+    if kind in ("sum", "scattered"):
+        held = (held.view(torch.int32) & -64).view(torch.float32)
+    return held.double() == result
 
 
 def _of_sum(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Tensor:
@@ -242,7 +250,8 @@ def _of_sum(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result:
 
 
 def _turn(exact: Tensor, rounded: Tensor) -> None:
-    """The decision that was the closest falls otherwise: that element becomes its other neighbour."""
+    """The decision that was the closest falls otherwise, and that of the largest value: these elements become their
+    other neighbours."""
     value = rounded.double()
     error = (exact - value).nan_to_num(0, 0, 0)
     bits = {2: torch.int16, 1: torch.int8}[rounded.itemsize]
@@ -250,9 +259,10 @@ def _turn(exact: Tensor, rounded: Tensor) -> None:
     other = (rounded.view(bits) + step).view(rounded.dtype).double()
     close = (error.abs() / (other - value).abs()).nan_to_num(0, 0, 0)
     close = torch.where(other.isfinite() & (value != 0), close, 0)
-    place = torch.unravel_index(close.argmax(), close.shape)
-    if float(close[place]) > 0:
-        rounded[place] = other[place].to(rounded.dtype)
+    for weight in (close, value.abs().where(close > 0, 0)):
+        place = torch.unravel_index(weight.argmax(), weight.shape)
+        if float(weight[place]) > 0:
+            rounded[place] = other[place].to(rounded.dtype)
 
 
 def _narrow(t: object) -> bool:

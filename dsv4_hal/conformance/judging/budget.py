@@ -4,9 +4,9 @@ The reference's own error, `e`, is measured: in its profile against the same pro
 points, from the same inputs. Another order of the sums errs otherwise, and may err more: a chain of K additions errs as
 sqrt(K), a CPU adds in the 16 lanes of its vectors and a device may add in one chain, which errs 4 times as much; and
 the largest of a few errors may be twice what it is in another draw. So the budget is 8 e; and at least one unit in
-the last place of the result for the largest error, and for the mean that of one unit in every 64th element, or in one element if
-there are fewer: few elements may show none of the flips of a rounding while e is measured. Rows of a cache are rounded
-to a format of few bits at last; its unit is the floor of their largest error.
+the last place of the result for the largest error, and for the mean that of one unit in every 64th element, or in one
+element if there are fewer: few elements may show none of the flips of a rounding while e is measured. Rows of a cache
+are rounded to a format of few bits at last; its unit is the floor of their largest error.
 
 Cases of the contract are judged more strictly, element by element: see `expected.py`.
 """

@@ -3,14 +3,14 @@
 Two correct backends differ for two reasons.
 1. Between rounding points they add in another order and take other exponentials. How much that is, is reckoned: the
    reference runs in float64, again with the errors that float32 may make put in (`account.py`), times the op's factor,
-   and with every decision of a rounding point as it was. The largest difference, as a share of the largest value of its
-   row, is the slack of every row. A result that was rounded at last is right where it is the rounding of a number
+   and with every decision of a rounding point as it was. The largest difference in a row is its slack; and at least
+   twice the share of a row's largest value that it is over all rows. A result that was rounded at last is right where it is the rounding of a number
    within the slack of what the reference has before that rounding.
 2. Where a rounding point lies inside the op, such an error, however small, now and then carries a value over the edge
-   of its rounding, and what follows is beyond the slack. So few elements may be: twice as many as differ where the
-   errors may flip decisions, with the factor's four times the likelihood, or as differ where the closest decision of
-   every rounding point is turned round; and by twice as much as they do there. A rounding that is left out moves a
-   quarter of all elements.
+   of its rounding, and what follows is beyond the slack. So few elements may be: twice as many as where the errors may
+   flip decisions, and they are the factor times as likely to there; or as many as where the closest decision of every
+   rounding point is turned round, and that of the largest value; and by twice as much as in these runs. A rounding that
+   is left out moves a quarter of all elements.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dsv4_hal.ops.spec import Compare, Tolerance
 Results = Mapping[str, Tensor]
 
 RUNS = 2  # with errors put in, of either kind
-SPARE = 2.0  # flips may be so many times as often, and as large, as in these runs
+SPARE = 2.0  # flips may be so many times as often as in these runs, and as large
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Expected:
         return replace(self, results=dict(results), exactly=dict(exactly))
 
     def share(self, name: str) -> float:
-        """The slack of a result as a share of the largest value of a row: the widest."""
-        scale = largest(rows(self.exactly[name]))
-        return float(torch.where(scale > 0, self.slack[name] / scale, 0).amax()) if len(scale) else 0.0
+        """The slack of a result as a share of the largest values of its rows."""
+        size = float(largest(rows(self.exactly[name])).norm())
+        return float(self.slack[name].norm()) / size if size else 0.0
 
 
 def expect(
@@ -87,7 +87,7 @@ def expect(
         flipping = [Run(tolerance.factor, RUNS + seed) for seed in range(RUNS)]
         flipping.append(Run(flips=[numbers[0] for numbers in plain.shapes.values()]))
         others = [make(run.with_ops(wide)) for run in flipping]
-        return replace(found, flips={name: _flips(found, name, [o[name] for o in others]) for name in exactly})
+        return replace(found, flips={name: _flips(found, name, *(o[name] for o in others)) for name in exactly})
 
 
 def rows(t: Tensor) -> Tensor:
@@ -107,20 +107,21 @@ def largest(t: Tensor) -> Tensor:
 def _slack(exactly: Tensor, moved: list[Tensor]) -> Tensor:
     want, scale = rows(exactly), largest(rows(exactly))
     off = torch.stack([largest((rows(other) - want).masked_fill(~want.isfinite(), 0)) for other in moved]).amax(0)
-    share = torch.where(scale > 0, off / scale, 0)
-    return torch.maximum(off, scale * share.amax()) if len(share) else off
+    size = float(scale.norm())
+    return torch.maximum(off, scale * (2 * float(off.norm()) / size if size else 0.0))
 
 
-def _flips(expected: Expected, name: str, others: list[Tensor]) -> Flips:
+def _flips(expected: Expected, name: str, *others: Tensor) -> Flips:
+    """The last of the others is that with decisions turned round."""
     want, scale = rows(expected.exactly[name]), largest(rows(expected.exactly[name]))
-    count, size = 0, 0.0
+    counts, size = list[int](), 0.0
     for other in others:
         got = rows(other.to(expected.results[name].dtype))
         beyond = outside(got, want, expected.slack[name])
-        count = max(count, int(beyond.sum()))
+        counts.append(int(beyond.sum()))
         off = ((got.double() - want).abs() / scale).masked_fill(~beyond, 0).nan_to_num(0, 0, 0)
         size = max(size, float(off.max()) if off.numel() else 0.0)
-    return Flips(int(SPARE * count), SPARE * size)
+    return Flips(max(int(SPARE * max(counts[:-1])), counts[-1]), SPARE * size)
 
 
 def outside(got: Tensor, want: Tensor, slack: Tensor) -> Tensor:
