@@ -4,8 +4,8 @@ Two correct backends differ for two reasons.
 1. Between rounding points they add in another order and take other exponentials. How much that is, is reckoned: the
    reference runs in float64, again with the errors that float32 may make put in (`account.py`), times the op's factor,
    and with every decision of a rounding point as it was. The largest difference in a row is its slack; and at least
-   twice the share of a row's largest value that it is over all rows. A result that was rounded at last is right where it is the rounding of a number
-   within the slack of what the reference has before that rounding.
+   twice the share of a row's largest value that it is over all rows. A result that was rounded at last is right where
+   it is the rounding of a number within the slack of what the reference has before that rounding.
 2. Where a rounding point lies inside the op, such an error, however small, now and then carries a value over the edge
    of its rounding, and what follows is beyond the slack. So few elements may be: twice as many as where the errors may
    flip decisions, and they are the factor times as likely to there; or as many as where the closest decision of every
