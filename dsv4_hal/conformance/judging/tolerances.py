@@ -38,8 +38,12 @@ where the closest decision of every rounding point is turned round, and that of 
 
 def document() -> str:
     """The whole file."""
-    lines = [HEAD, "| op | factor | why results may differ at all | exact | deployed |"]
-    lines += ["| --- | --- | --- | --- | --- |", *(_row(spec) for spec in OPS.values())]
+    lines = [
+        HEAD,
+        "| op | factor | why results may differ at all | exact | deployed |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [row(spec) for spec in OPS.values()]
     lines += [
         "",
         "## Gradients",
@@ -49,12 +53,12 @@ def document() -> str:
         "",
         "| op | with respect to | slack |",
         "| --- | --- | --- |",
-        *(f"| {spec.name} | {', '.join(spec.grad)} | {_widest(spec, GRAD)} |" for spec in OPS.values() if spec.grad),
+        *(gradient_row(spec) for spec in OPS.values() if spec.grad),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _row(spec: OpSpec) -> str:
+def row(spec: OpSpec) -> str:
     tolerance = spec.tolerance
     if tolerance.compare is Compare.BITWISE:
         return f"| {spec.name} | | {tolerance.why} | bitwise | bitwise |"
@@ -62,6 +66,10 @@ def _row(spec: OpSpec) -> str:
         return f"| {spec.name} | {tolerance.factor:g} | {tolerance.why} | counts | counts |"
     exact, deployed = (_widest(spec, mode) for mode in MODES)
     return f"| {spec.name} | {tolerance.factor:g} | {tolerance.why} | {exact} | {deployed} |"
+
+
+def gradient_row(spec: OpSpec) -> str:
+    return f"| {spec.name} | {', '.join(spec.grad)} | {_widest(spec, GRAD)} |"
 
 
 def _widest(spec: OpSpec, mode: str) -> str:
