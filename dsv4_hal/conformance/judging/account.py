@@ -95,7 +95,11 @@ class Run(TorchDispatchMode):
         self.inside = False
         self._signs = torch.Generator().manual_seed(seed)
         self._exact = WeakTensorKeyDictionary()
-        self._depth = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would wrap every operation for its compiler, which nobody uses here, and import that: seconds."""
+        return False
 
     def with_ops(self, ops: Resolved) -> Resolved:
         """The same ops, watched from the outermost call on."""
