@@ -153,11 +153,11 @@ def test_an_interrupted_run_says_so_and_replaces_no_other(tool: Tool, tmp_path: 
     some = ("conform", *FEW, "--out", tmp_path)
     judge, seen = verdict.judge, list[str]()
 
-    def interrupted(backend: str, job: results.Job, made: results.Produced) -> results.Outcome:
+    def interrupted(backend: str, job: results.Job, *rest: Any) -> results.Outcome:
         if len(seen) == 3:
             raise KeyboardInterrupt
         seen.append(job.id)
-        return judge(backend, job, made)
+        return judge(backend, job, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(verdict, "judge", interrupted)

@@ -72,7 +72,7 @@ def _outcomes(
             if time.monotonic() > until[0]:
                 return  # out of patience: what is not known to fail passes, and shrinking comes to an end
             work = [Job(op, id, mode) for mode in modes]
-            known[id] = [judge(worker.backend, job, worker.produce(job, limit)) for job in work]
+            known[id] = [_judged(worker, job, limit) for job in work]
             if not failed and all(outcome.ok for outcome in known[id]):
                 agreed.extend(known[id])
         wrong = [outcome for outcome in known[id] if not outcome.ok]
@@ -84,6 +84,10 @@ def _outcomes(
     with contextlib.suppress(Disagreement):
         run()
     return agreed + failed
+
+
+def _judged(worker: Worker, job: Job, limit: float) -> Outcome:
+    return judge(worker.backend, job, worker.produce(job, limit), worker.about.numerics(job.mode))
 
 
 def ids(op: str, most: int) -> SearchStrategy[str]:

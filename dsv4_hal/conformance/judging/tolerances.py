@@ -11,7 +11,7 @@ import torch
 
 from dsv4_hal.conformance.judging.backward import GRADIENTS
 from dsv4_hal.conformance.judging.compare import Budget, budgets
-from dsv4_hal.conformance.judging.results import GRAD, Job, jobs
+from dsv4_hal.conformance.judging.results import GRAD, Job, jobs, profile
 from dsv4_hal.conformance.judging.verdict import oracles
 from dsv4_hal.conformance.judging.worker import results
 from dsv4_hal.numerics import MODES
@@ -71,7 +71,7 @@ def _widest(spec: OpSpec, mode: str) -> str:
 
 
 def _budgets(spec: OpSpec, job: Job) -> Iterator[Budget]:
-    narrow, wide, _, _ = oracles(job.mode)
+    narrow, wide, _, _ = oracles(profile(job.mode))
     tolerance = GRADIENTS if job.mode == GRAD else spec.tolerance
     yield from budgets(results(job, narrow), results(job, wide), tolerance, narrow.numerics).values()
 

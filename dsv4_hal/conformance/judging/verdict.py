@@ -14,13 +14,13 @@ from dsv4_hal.conformance.judging.backward import GRADIENTS, compare_slopes, gra
 from dsv4_hal.conformance.judging.compare import Budget, Comparison, Results, budget, compare, run_case, widen
 from dsv4_hal.conformance.judging.compare import budgets as budgets_of
 from dsv4_hal.conformance.judging.named import named
-from dsv4_hal.conformance.judging.results import GRAD, Job, Outcome, Produced, affordable, modes, profile
+from dsv4_hal.conformance.judging.results import GRAD, Job, Outcome, Produced, affordable, claims, modes, profile
 from dsv4_hal.conformance.judging.worker import LIMIT, Worker, produce, results
 from dsv4_hal.conformance.oracles import transformers
 from dsv4_hal.conformance.oracles.naive import Naive
 from dsv4_hal.conformance.workers.transport import unpack
 from dsv4_hal.dispatch import Resolved, resolve
-from dsv4_hal.numerics import exact
+from dsv4_hal.numerics import Numerics, exact
 from dsv4_hal.ops import OPS, Compare
 from dsv4_hal.registry import FALLBACK, backend_class
 
@@ -32,14 +32,13 @@ def conform(backend: str, work: Iterable[Job], limit: float = LIMIT) -> Iterator
     work = list(work)
     with Worker(backend, modes(work)) as worker:
         for job, made in worker.map(affordable(work, worker.about), limit):
-            yield judge(backend, job, made)
+            yield judge(backend, job, made, worker.about.numerics(job.mode))
 
 
 @cache
-def oracles(mode: str) -> tuple[Resolved, Resolved, Resolved, Resolved]:
-    """The reference in a mode's profile, in that profile widened to float64, the naive oracle, widened, and null, which
-    knows what dtype each result must have."""
-    numerics = profile(mode)
+def oracles(numerics: Numerics) -> tuple[Resolved, Resolved, Resolved, Resolved]:
+    """The reference in a profile, in that profile widened to float64, the naive oracle, widened, and null, which knows
+    what dtype each result must have. All four are this project's own."""
     reference, null = backend_class(FALLBACK), backend_class("null")
     return (
         resolve([reference(numerics)]),
@@ -51,15 +50,18 @@ def oracles(mode: str) -> tuple[Resolved, Resolved, Resolved, Resolved]:
 
 def run(cls: type[Backend], job: Job) -> Outcome:
     """One case of a backend, in this process."""
-    return judge(cls.name, job, produce(cls, job))
+    return judge(cls.name, job, produce(cls, job), profile(job.mode))
 
 
 @torch.inference_mode()
-def judge(backend: str, job: Job, made: Produced) -> Outcome:
+def judge(backend: str, job: Job, made: Produced, numerics: Numerics) -> Outcome:
     """What a backend made of a case, compared with the reference; the reference's with its oracles. Where that fails,
-    the case is an error, and what became of the others is not lost."""
+    the case is an error, and what became of the others is not lost.
+
+    numerics  the profile of the job's mode, which the judge has from data: a mode's name would load a package's code
+    """
     try:
-        return _judged(backend, job, made)
+        return _judged(backend, job, made, numerics)
     except Exception as error:
         told = f"it cannot be judged: {described(error)}"
         return Outcome(
@@ -67,7 +69,7 @@ def judge(backend: str, job: Job, made: Produced) -> Outcome:
         )
 
 
-def _judged(backend: str, job: Job, made: Produced) -> Outcome:
+def _judged(backend: str, job: Job, made: Produced, numerics: Numerics) -> Outcome:
     def outcome(verdict: str, message: str = "", **found: Any) -> Outcome:
         return Outcome(
             backend,
@@ -79,9 +81,13 @@ def _judged(backend: str, job: Job, made: Produced) -> Outcome:
             message,
             seconds=made.seconds,
             size=job.size,
+            refused=made.refused,
+            trace=made.trace,
             **found,
         )
 
+    if wrong := claims(made.verdict, made.results is not None):
+        return outcome("misconduct", wrong)
     if made.results is None:
         return outcome(made.verdict, made.message, of_budget=math.inf if made.verdict == "disagrees" else None)
     elsewhere = {name: p.device for name, p in made.results.items() if p.device != made.device}
@@ -90,10 +96,10 @@ def _judged(backend: str, job: Job, made: Produced) -> Outcome:
         return outcome("disagrees", told, of_budget=math.inf)
     case, got = named(job.case), unpack(made.results)
     if made.device == "meta":
-        wrong = _shapes(got, run_case(case, oracles(job.mode)[0]))
+        wrong = _shapes(got, run_case(case, oracles(numerics)[0]))
         return outcome("disagrees" if wrong else "shapes", wrong)
     found, shares = dict[str, Comparison](), list[float]()
-    judged = _of_reference(job, got) if backend == FALLBACK else _of_backend(job, got)
+    judged = (_of_reference if backend == FALLBACK else _of_backend)(job, got, numerics)
     against = tuple(judged)
     for oracle, (comparisons, budgets) in judged.items():
         for result, comparison in comparisons.items():
@@ -113,19 +119,19 @@ def _judged(backend: str, job: Job, made: Produced) -> Outcome:
 Judged = dict[str, tuple[dict[str, Comparison], Mapping[str, Budget]]]  # by oracle: comparisons, and their budgets
 
 
-def _of_backend(job: Job, got: Results) -> Judged:
+def _of_backend(job: Job, got: Results, numerics: Numerics) -> Judged:
     """Results compared with the reference."""
-    reference, wide, _, _ = oracles(job.mode)
+    reference, wide, _, _ = oracles(numerics)
     want, tolerance = results(job, reference), GRADIENTS if job.mode == GRAD else OPS[job.op].tolerance
     exact_check = tolerance.compare is Compare.BITWISE
     allowed = {} if exact_check else budgets_of(want, results(job, wide), tolerance, reference.numerics)
     return {FALLBACK: (compare(got, want, tolerance, allowed), allowed)}
 
 
-def _of_reference(job: Job, got: Results) -> Judged:
+def _of_reference(job: Job, got: Results, numerics: Numerics) -> Judged:
     """The reference's results compared with every oracle that knows them."""
     case, tolerance = named(job.case), OPS[job.op].tolerance
-    reference, wide, naive, null = oracles(job.mode)
+    reference, wide, naive, null = oracles(numerics)
     if job.mode == GRAD:
         narrow = gradients(job.op, case, reference)
         allowed = budgets_of(narrow, gradients(job.op, case, wide), GRADIENTS, reference.numerics)

@@ -28,9 +28,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SavedWaiver(Waiver):
-    """A waiver that lay beside the backend, and whether it has grown stale."""
+    """A waiver that lay beside the backend, and why it has grown stale, "" if it has not."""
 
-    stale: bool = False
+    stale: str = ""
 
 
 @dataclass(frozen=True)
