@@ -17,7 +17,6 @@ from dsv4_hal.numerics import Numerics
 from dsv4_hal.ops import FAMILIES, OPS, Ops
 from dsv4_hal.registry import FALLBACK, Passed, choose, well_formed
 
-
 LACKING = "not implemented"
 """Why a backend is passed over that does not have an op."""
 

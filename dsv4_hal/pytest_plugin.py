@@ -11,8 +11,8 @@
 A test that asks for `conformance_outcome` becomes one test per case, named after it. The case runs on the backend in a
 process of its own, which a crash or a hang ends without ending the session. Where the case disagrees the test fails, or
 is an expected failure if a waiver beside the backend covers it; where it agrees the test's body runs, and may look at
-the `Outcome`. Cases larger than the backend affords are skipped, with that reason. A stale waiver fails the session, and
-so does a backend of which nothing was judged. Works under pytest-xdist; nothing loads this module but who names it.
+the `Outcome`. Cases larger than the backend affords are skipped, with that reason. A stale waiver fails the session,
+and so does a backend of which nothing was judged. Works under pytest-xdist; nothing loads this module but who names it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 from dsv4_hal.backend import BackendError
 from dsv4_hal.cli.conform import LONGEST, SHORTEST, chosen_jobs
 from dsv4_hal.conformance.judging.results import DEFAULT_SIZE, GRAD, About, Extent, Job, Outcome, affordable
+from dsv4_hal.conformance.judging.trace import short
 from dsv4_hal.conformance.judging.verdict import judge
 from dsv4_hal.conformance.judging.waivers import read_waivers
 from dsv4_hal.conformance.judging.worker import LIMIT, Worker
@@ -118,7 +119,8 @@ def pytest_runtest_call(item: pytest.Item) -> None:
     if waiver is not None:
         pytest.xfail(f"waived {waiver.date} ({waiver.reason}): {outcome.message}")
     again = f'dsv4-hal conform --backend {outcome.backend} -p "{outcome.id}"'
-    pytest.fail(f"{outcome.verdict}: {outcome.message}\nagain: {again}", pytrace=False)
+    told = [f"{outcome.verdict}: {outcome.message}", *short(outcome.trace), f"again: {again}"]
+    pytest.fail("\n".join(told), pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -161,6 +163,8 @@ class _Session:
         for waiver in self.run.stale:
             told = f"stale waiver: {waiver.case} of {waiver.date}: {waiver.why_stale}; see {self.run.about.waivers}"
             terminalreporter.line(told, red=True)
+        for told in self.run.about.remarks:
+            terminalreporter.line(f"remark: {told}")
         terminalreporter.line(self.run.headline)
 
 

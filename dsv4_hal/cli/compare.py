@@ -204,6 +204,8 @@ def conclude_model(compared: Compared, out: Path | None) -> None:
         common.notes.print(f"[dim]written: {escape(str(out))}/model.jsonl, junit.xml, report.md, report.html[/]")
     if compared.failed:
         raise typer.Exit(1)
+    if compared.unjudged:
+        raise typer.Exit(5)
 
 
 def show_model(compared: Compared) -> None:

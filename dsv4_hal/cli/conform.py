@@ -245,9 +245,12 @@ def chosen_ops(names: Sequence[str]) -> list[str]:
 
 
 def show(run: Run) -> None:
+    from dsv4_hal.conformance.judging.trace import short
+    from dsv4_hal.conformance.reports import saved
     from dsv4_hal.conformance.reports.report import rows
     from dsv4_hal.conformance.workers.text import one_line
 
+    traces = list[list[str]]()
     table = Table()
     for title in ("op", "runs as", "cases", "failed", "of budget"):
         table.add_column(title, no_wrap=True)
@@ -262,11 +265,17 @@ def show(run: Run) -> None:
             told = f"waived {waiver.date} ({waiver.reason})" if waiver else outcome.verdict
             line = one_line(f"{outcome.id}: {told}: {outcome.message}")
             console.print(escape(line), soft_wrap=True, highlight=False)
+            where = short(outcome.trace)
+            if where and where not in traces:  # many cases end at one place
+                traces.append(where)
+                console.print(escape(saved.printable("\n".join(where))), soft_wrap=True, highlight=False)
     for op, why in run.refused.items():
         line = one_line(f"{op} is refused: {why}")
         console.print(escape(line), soft_wrap=True, highlight=False)
     for waiver in run.stale:
         console.print(escape(f"stale waiver: {waiver.case} of {waiver.date}: {waiver.why_stale}"), soft_wrap=True)
+    for told in run.about.remarks:
+        console.print(escape(one_line(f"remark: {told}")), soft_wrap=True, highlight=False)
     if run.unrecorded:
         console.print(escape(f"not recorded: {run.unrecorded}"), soft_wrap=True, highlight=False)
     for told in run.unasked:

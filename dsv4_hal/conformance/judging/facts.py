@@ -97,7 +97,7 @@ def _told(op: str, signature: inspect.Signature, args: Sequence[Any], kwargs: Ma
         return _Facts()
 
 
-# --- what the arguments of each op tell, by the names of config.json ---------------------------------------------------
+# --- what the arguments of each op tell, by the names of config.json --------------------------------------------------
 
 
 def _heads(x: Any, heads: str, dim: str) -> Found:

@@ -17,7 +17,7 @@ from dsv4_hal.numerics import MODES, Numerics, mode_names, numerics_for
 
 @cache
 def told(mode: str) -> Numerics:
-    """The profile of a mode that this project has, or an installed package declares. ValueError where it cannot be had."""
+    """The profile of a mode of this project, or that an installed package declares. ValueError where there is none."""
     if mode in MODES or mode not in mode_names():
         return numerics_for(mode)  # loads nothing
     child = Child(_tell, mode)

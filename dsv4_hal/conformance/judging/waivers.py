@@ -18,7 +18,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from dsv4_hal.conformance.judging.results import GRAD, About, Outcome, affordabl
 from dsv4_hal.numerics import MODES, mode_names
 from dsv4_hal.ops import SIZES
 from dsv4_hal.registry import registered
-
 
 COVERED = ("disagrees", "error")  # verdicts
 LONGEST = datetime.timedelta(days=366)
@@ -55,6 +54,10 @@ class Waiver:
     def covers(self, outcome: Outcome) -> bool:
         """Whether it excuses this failure."""
         return self.of(outcome) and outcome.verdict in COVERED
+
+    def to_dict(self) -> dict[str, str]:
+        """As JSON can hold it."""
+        return {name: str(value) for name, value in asdict(self).items()}
 
     @property
     def expired(self) -> bool:

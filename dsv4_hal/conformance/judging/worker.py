@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain, count, islice
@@ -24,7 +24,9 @@ from dsv4_hal.conformance.judging.facts import Asking, asking
 from dsv4_hal.conformance.judging.guard import Misconduct, restored, state, watch
 from dsv4_hal.conformance.judging.named import named
 from dsv4_hal.conformance.judging.profiles import known
+from dsv4_hal.conformance.judging.remarks import remarks
 from dsv4_hal.conformance.judging.results import GRAD, About, Job, Produced, about_of, profile
+from dsv4_hal.conformance.judging.trace import trace
 from dsv4_hal.conformance.workers.process import STARTING, Child, Line, Lost, in_words
 from dsv4_hal.conformance.workers.transport import Foreign, Packed, pack
 from dsv4_hal.dispatch import Resolved, select
@@ -35,6 +37,7 @@ from dsv4_hal.registry import FALLBACK, backend_class
 
 LIMIT = 60.0  # seconds a case may take
 AHEAD = 8  # cases that the process may be ahead of who judges
+ENOUGH = 3  # hangs and crashes of an op: its other cases are not run
 
 
 class Worker:
@@ -71,18 +74,23 @@ class Worker:
         """What the backend makes of every job, in order; the process is some cases ahead of the caller.
 
         limit  seconds a case may take
-        A case that hangs or kills the process is that case's result, and the rest go on in a new process; where the
-        backend cannot be made again, they are errors.
+        A case that hangs or kills the process is that case's result, and the rest go on in a new process, but for those
+        of an op that did so ENOUGH times. Where the backend cannot be made again, they are errors.
         """
-        todo, ahead = iter(work), deque[tuple[int, Job]]()
+        todo, ahead, lost = iter(work), deque[tuple[int, Job]](), Counter[str]()
         while not self._gone:
             for job in islice(todo, AHEAD - len(ahead)):
                 ahead.append((next(self._numbers), job))
-                self._child.send(ahead[-1])
+                if lost[job.op] < ENOUGH:
+                    self._child.send(ahead[-1])
             if not ahead:
                 return
             number, job = ahead.popleft()
+            if lost[job.op] == ENOUGH:
+                yield job, Produced("", "", None, "error", f"not run, after {ENOUGH} hangs or crashes of {job.op}")
+                continue
             made, usable = self._answer(number, limit)
+            lost[job.op] += made.verdict in ("timeout", "crash")
             yield job, made
             if usable:
                 continue
@@ -92,7 +100,8 @@ class Worker:
             except BackendError as gone:
                 self._gone = f"after an earlier case was lost: {gone}"
             for numbered in ahead:
-                self._child.send(numbered)
+                if lost[numbered[1].op] < ENOUGH:
+                    self._child.send(numbered)
         for job in chain((job for _, job in ahead), todo):
             yield job, Produced("", "", None, "error", self._gone)
 
@@ -159,7 +168,7 @@ def _work(line: Line, backend: str, modes: Sequence[str]) -> None:
             try:
                 made = produce(cls, job)
             except BaseException as error:
-                made = Produced("", "", None, "error", described(error))
+                made = Produced("", "", None, "error", described(error), trace=trace(error))
             line.send((number, made))
 
 
@@ -176,7 +185,7 @@ def _about(cls: type[Backend], modes: Sequence[str]) -> About:
         waivers = str(Path(inspect.getfile(cls)).parent / "waivers.yaml")
     except (TypeError, OSError):  # a class that was made, and lies in no file
         waivers = ""
-    return About(waivers, profiles, environment([cls.name]), cls.affords)
+    return About(waivers, profiles, environment([cls.name]), cls.affords, remarks(cls))
 
 
 _CANDIDATES: dict[tuple[type[Backend], str], Asking] = {}
@@ -199,13 +208,15 @@ def produce(cls: type[Backend], job: Job) -> Produced:
         ops = _candidate(cls, job.mode)
         ops.asked.clear()
     except Exception as error:
-        return Produced("", "", None, "error", described(error))
+        return Produced("", "", None, "error", described(error), trace=trace(error))
     start, before = time.monotonic(), state()
 
-    def produced(results: Mapping[str, Packed] | None, verdict: str = "", message: str = "") -> Produced:
+    def produced(
+        results: Mapping[str, Packed] | None, verdict: str = "", message: str = "", where: str = ""
+    ) -> Produced:
         runs_as, refused = ops.ran(job.op)
         seconds = round(time.monotonic() - start, 4)
-        return Produced(runs_as, ops.device.type, results, verdict, message, seconds, refused)
+        return Produced(runs_as, ops.device.type, results, verdict, message, seconds, refused, where)
 
     try:
         made = produced(pack(results(job, ops)))
@@ -214,7 +225,7 @@ def produce(cls: type[Backend], job: Job) -> Produced:
     except NoGradient as error:
         made = produced(None, "disagrees", str(error))
     except Exception as error:
-        made = produced(None, "error", described(error))
+        made = produced(None, "error", described(error), trace(error))
     finally:
         changed = restored(before)  # whatever happened: the next case must not find it
     if changed:

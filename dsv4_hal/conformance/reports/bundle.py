@@ -119,7 +119,7 @@ def write_bundle(
         "suite": asdict(suite((job for job, _ in made), extent)),
         "contract": contract(),
         "inputs": inputs(),
-        "waivers": [asdict(w) | {"date": str(w.date), "expires": str(w.expires)} for w in waivers],
+        "waivers": [waiver.to_dict() for waiver in waivers],
         "cases": cases,
     }
     container.write(path, "ops", header, tensors)

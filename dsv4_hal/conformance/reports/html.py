@@ -160,6 +160,7 @@ def _summary(label: str, run: OpsRun, cells: Sequence[Cell]) -> dict[str, Any]:
         "headline": run.head.headline,
         "refused": refused,
         "unasked": run.head.unasked,
+        "remarks": run.head.remarks,
         "counts": Counter(state(o) for o in run.outcomes),
         "bad": [(cell, _waiver(run.head.waivers, cell.outcomes[0])) for cell in bad],
         "stale": stale,

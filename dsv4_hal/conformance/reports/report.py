@@ -170,15 +170,13 @@ def jsonl(run: Run) -> str:
         "unasked": list(run.unasked),
         "interrupted_of": run.interrupted_of,
         "refused": run.refused,
+        "remarks": list(run.about.remarks),
         "suite": None if run.suite is None else asdict(run.suite),
         "sizes": asdict(run.extent) | {"classes": run.extent.classes},
         "profiles": run.about.profiles,
         "environment": run.about.environment,
         "judged": environment([FALLBACK]),
-        "waivers": [
-            {**asdict(w), "date": str(w.date), "expires": str(w.expires), "stale": w.why_stale if w in run.stale else ""}
-            for w in run.waivers
-        ],
+        "waivers": [{**w.to_dict(), "stale": w.why_stale if w in run.stale else ""} for w in run.waivers],
     }
     lines = [head, *({**o.to_dict(), "waived": bool(run.waiver(o))} for o in run.outcomes)]
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
@@ -194,8 +192,11 @@ def junit(run: Run) -> ElementTree.Element:
             ElementTree.SubElement(case, "skipped", message=saved.printable(f"waived {waiver.date}: {waiver.reason}"))
         elif not outcome.ok:
             kind = "error" if outcome.verdict in LOST else "failure"
-            ElementTree.SubElement(case, kind, message=saved.printable(f"{outcome.verdict}: {outcome.message}"))
-    more = [("waivers", f"{w.case} {w.mode}".strip(), "failure", f"stale, of {w.date}, as {w.why_stale}") for w in run.stale]
+            message = saved.printable(f"{outcome.verdict}: {outcome.message}")
+            ElementTree.SubElement(case, kind, message=message).text = saved.printable(outcome.trace) or None
+    more = [
+        ("waivers", f"{w.case} {w.mode}".strip(), "failure", f"stale: {w.why_stale}: {w.reason}") for w in run.stale
+    ]
     if run.interrupted:
         more.append(("run", "came to its end", "error", run.headline))
     for group, name, kind, told in more:
@@ -225,9 +226,11 @@ def markdown(run: Run) -> str:
         lines += [f"- `{op}`: {in_markdown(why)}" for op, why in run.refused.items()]
     if run.unasked:
         lines += ["", "## Oracles that were not asked", "", *(f"- {told}" for told in run.unasked)]
+    if run.about.remarks:
+        lines += ["", "## Remarks", "", *(f"- {in_markdown(told)}" for told in run.about.remarks)]
     if run.unrecorded:
         lines += ["", "## Cases that were not recorded", "", f"- {run.unrecorded}"]
     if run.stale:
         lines += ["", "## Stale waivers", ""]
-        lines += [f"- `{w.case}` of {w.date}, as {w.why_stale}: {in_markdown(w.reason)}" for w in run.stale]
+        lines += [f"- `{w.case}` of {w.date}: {w.why_stale}: {in_markdown(w.reason)}" for w in run.stale]
     return "\n".join(lines) + "\n"

@@ -46,6 +46,7 @@ class OpsHead:
     waivers: Sequence[SavedWaiver]
     refused: Mapping[str, str] = field(default_factory=dict)
     unasked: Sequence[str] = ()
+    remarks: Sequence[str] = ()
     interrupted_of: int | None = None
 
 

@@ -52,8 +52,7 @@ class Child:
             self._pipe.send(what)
 
     def receive(self, seconds: float) -> Any:
-        """What the process sends next: plain data, see `plain`. Lost if it takes longer, or is gone; Foreign if it sends
-        anything else."""
+        """What the process sends next, plain data. Lost if it takes longer, or is gone; Foreign if it sends more."""
         start = time.monotonic()
         ready = wait([self._pipe, self._process.sentinel], seconds)
         if not ready:
