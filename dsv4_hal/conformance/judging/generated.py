@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dsv4_hal.conformance.judging.named import named, try_out
+from dsv4_hal.conformance.judging.named import functions, listed, named, try_out
 from dsv4_hal.conformance.judging.results import Job, Outcome, up_to
 from dsv4_hal.conformance.judging.verdict import judge
 from dsv4_hal.conformance.judging.worker import LIMIT, Worker
@@ -79,7 +79,7 @@ def _until_failure(
     def judged(id: str) -> list[Outcome]:
         if id not in tried:
             work = [Job(op, id, mode) for mode in modes]
-            tried[id] = [judge(worker.backend, job, worker.produce(job, limit)) for job in work]
+            tried[id] = [_judged(worker, job, limit) for job in work]
         return tried[id]
 
     @hypothesis.seed(seed)
@@ -116,11 +116,28 @@ def _until_failure(
     return agreed, failed
 
 
+def _judged(worker: Worker, job: Job, limit: float) -> Outcome:
+    return judge(worker.backend, job, worker.produce(job, limit), worker.about.numerics(job.mode))
+
+
 def ids(op: str, size: str) -> SearchStrategy[str]:
     """Ids of cases of an op, up to a size class."""
     from hypothesis import strategies as st
 
-    return st.one_of([_ids(domain, size) for domain in DOMAINS[op]]).filter(_possible)
+    domains = DOMAINS.get(op) or list(_of_listed(op))
+    return st.one_of([_ids(domain, size) for domain in domains]).filter(_possible)
+
+
+def _of_listed(op: str) -> Iterator[Domain]:
+    """What the listed cases of an op have that declares no domain: every value of each parameter, with any other."""
+    for run, parameters in functions(op).items():
+        seen = [one.parameters for one in listed(op).values() if one.function is run]
+        values: dict[str, Sequence[Any]] = {}
+        for name, parameter in parameters.items():
+            plain = [] if parameter.default is parameter.empty else [parameter.default]
+            values[name] = list(dict.fromkeys([*plain, *(one[name] for one in seen if name in one)]))
+        sizes = [one.size for one in listed(op).values() if one.function is run]
+        yield Domain(op, run, values, size=lambda _, smallest=min(sizes, key=SIZES.index): smallest, declared=False)
 
 
 def _ids(domain: Domain, size: str) -> SearchStrategy[str]:

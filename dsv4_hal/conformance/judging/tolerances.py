@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from dsv4_hal.conformance.judging.backward import GRADIENTS
-from dsv4_hal.conformance.judging.results import GRAD, jobs
+from dsv4_hal.conformance.judging.results import GRAD, jobs, profile
 from dsv4_hal.conformance.judging.verdict import expectation
 from dsv4_hal.numerics import MODES
 from dsv4_hal.ops import OPS, Compare, OpSpec
@@ -75,7 +75,7 @@ def gradient_row(spec: OpSpec) -> str:
 def _widest(spec: OpSpec, mode: str) -> str:
     slack = flips = 0.0
     for job in jobs([spec.name], modes=[mode], size="interpreted"):
-        expected = expectation(job)
+        expected = expectation(job, profile(job.mode))
         slack = max([slack, *(expected.share(name) for name in expected.slack)])
         sizes = {name: max(1, t.numel()) for name, t in expected.results.items()}
         flips = max([flips, *(some.count / sizes[name] for name, some in expected.flips.items())])

@@ -15,13 +15,13 @@ from dsv4_hal.conformance.judging.backward import GRADIENTS, compare_slopes, slo
 from dsv4_hal.conformance.judging.compare import Comparison, Results, compare, run_case, widen
 from dsv4_hal.conformance.judging.expected import Expected, expect
 from dsv4_hal.conformance.judging.named import named
-from dsv4_hal.conformance.judging.results import GRAD, Job, Outcome, Produced, affordable, modes, profile
+from dsv4_hal.conformance.judging.results import GRAD, Job, Outcome, Produced, affordable, claims, modes, profile
 from dsv4_hal.conformance.judging.worker import LIMIT, Worker, produce, results
 from dsv4_hal.conformance.oracles import transformers
 from dsv4_hal.conformance.oracles.naive import Naive
 from dsv4_hal.conformance.workers.transport import unpack
 from dsv4_hal.dispatch import Resolved, resolve
-from dsv4_hal.numerics import exact
+from dsv4_hal.numerics import Numerics, exact
 from dsv4_hal.ops import OPS, Case, Tolerance
 from dsv4_hal.registry import FALLBACK, backend_class
 
@@ -34,7 +34,7 @@ def conform(backend: str, work: Iterable[Job], limit: float = LIMIT) -> Iterator
     work = list(work)
     with Worker(backend, modes(work)) as worker:
         for job, made in worker.map(affordable(work, worker.about), limit):
-            yield judge(backend, job, made)
+            yield judge(backend, job, made, worker.about.numerics(job.mode))
 
 
 class Oracles(NamedTuple):
@@ -49,24 +49,27 @@ class Oracles(NamedTuple):
 
 
 @cache
-def oracles(mode: str) -> Oracles:
-    """Who knows the right results of a mode."""
-    numerics, reference = profile(mode), backend_class(FALLBACK)
+def oracles(numerics: Numerics) -> Oracles:
+    """Who knows the right results in a profile: all of them are this project's own."""
+    reference = backend_class(FALLBACK)
     made = (reference(numerics), reference(widen(numerics)), Naive(widen(numerics)))
     return Oracles(*(resolve([one]) for one in made))
 
 
 def run(cls: type[Backend], job: Job) -> Outcome:
     """One case of a backend, in this process."""
-    return judge(cls.name, job, produce(cls, job))
+    return judge(cls.name, job, produce(cls, job), profile(job.mode))
 
 
 @torch.inference_mode()
-def judge(backend: str, job: Job, made: Produced) -> Outcome:
+def judge(backend: str, job: Job, made: Produced, numerics: Numerics) -> Outcome:
     """What a backend made of a case, compared with the reference; the reference's with its oracles. Where that fails,
-    the case is an error, and what became of the others is not lost."""
+    the case is an error, and what became of the others is not lost.
+
+    numerics  the profile of the job's mode, which the judge has from data: a mode's name would load a package's code
+    """
     try:
-        return _judged(backend, job, made)
+        return _judged(backend, job, made, numerics)
     except Exception as error:
         told = f"it cannot be judged: {described(error)}"
         return Outcome(
@@ -74,7 +77,7 @@ def judge(backend: str, job: Job, made: Produced) -> Outcome:
         )
 
 
-def _judged(backend: str, job: Job, made: Produced) -> Outcome:
+def _judged(backend: str, job: Job, made: Produced, numerics: Numerics) -> Outcome:
     def outcome(verdict: str, message: str = "", **found: Any) -> Outcome:
         return Outcome(
             backend,
@@ -86,9 +89,13 @@ def _judged(backend: str, job: Job, made: Produced) -> Outcome:
             message,
             seconds=made.seconds,
             size=job.size,
+            refused=made.refused,
+            trace=made.trace,
             **found,
         )
 
+    if wrong := claims(made.verdict, made.results is not None):
+        return outcome("misconduct", wrong)
     if made.results is None:
         return outcome(made.verdict, made.message, of_budget=math.inf if made.verdict == "disagrees" else None)
     elsewhere = {name: p.device for name, p in made.results.items() if p.device != made.device}
@@ -97,9 +104,12 @@ def _judged(backend: str, job: Job, made: Produced) -> Outcome:
         return outcome("disagrees", told, of_budget=math.inf)
     case, got = named(job.case), unpack(made.results)
     if made.device == "meta":
-        wrong = _shapes(got, run_case(case, oracles(job.mode).reference))
+        wrong = _shapes(got, run_case(case, oracles(numerics).reference))
         return outcome("disagrees" if wrong else "shapes", wrong)
-    against = _of_reference(job, got) if backend == FALLBACK else {FALLBACK: _of_backend(job, got)}
+    if backend == FALLBACK:
+        against = _of_reference(job, got, numerics)
+    else:
+        against = {FALLBACK: _of_backend(job, got, numerics)}
     first = next(iter(against))
     found = {
         result if oracle == first else f"{result} by {oracle}": comparison
@@ -117,27 +127,26 @@ def _judged(backend: str, job: Job, made: Produced) -> Outcome:
 
 
 @lru_cache(maxsize=4)
-def expectation(job: Job) -> Expected:
-    """What a case must give in a mode, and how far a backend may be from it."""
-    numerics = profile(job.mode)
-    return expect(partial(results, job), oracles(job.mode).wide, numerics.accumulate, tolerance_of(job))
+def expectation(job: Job, numerics: Numerics) -> Expected:
+    """What a case must give in a profile, and how far a backend may be from it."""
+    return expect(partial(results, job), oracles(numerics).wide, numerics.accumulate, tolerance_of(job))
 
 
 def tolerance_of(job: Job) -> Tolerance:
     return GRADIENTS if job.mode == GRAD else OPS[job.op].tolerance
 
 
-def _of_backend(job: Job, got: Results) -> dict[str, Comparison]:
+def _of_backend(job: Job, got: Results, numerics: Numerics) -> dict[str, Comparison]:
     """Results compared with the reference."""
-    return compare(got, expectation(job), tolerance_of(job))
+    return compare(got, expectation(job, numerics), tolerance_of(job))
 
 
-def _of_reference(job: Job, got: Results) -> dict[str, dict[str, Comparison]]:
+def _of_reference(job: Job, got: Results, numerics: Numerics) -> dict[str, dict[str, Comparison]]:
     """The reference's results compared with itself in float64, and with every oracle that knows them."""
-    case, tolerance, expected = named(job.case), tolerance_of(job), expectation(job)
+    case, tolerance, expected = named(job.case), tolerance_of(job), expectation(job, numerics)
     if job.mode == GRAD:
         return {SLOPES: compare_slopes(case, got, slopes(job.op, case, _slow()), slope_budgets(expected))}
-    knowing = {NAIVE: oracles(job.mode).naive}
+    knowing = {NAIVE: oracles(numerics).naive}
     if job.mode == "exact" and job.op in transformers.OPS and not transformers.missing():
         knowing[transformers.version()] = _transformers()
     judged = {name: compare(got, _told(case, expected, ops), tolerance) for name, ops in knowing.items()}

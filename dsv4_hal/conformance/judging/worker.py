@@ -9,24 +9,27 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from dsv4_hal.backend import Backend, BackendError, described
 from dsv4_hal.conformance.judging.backward import NoGradient, gradients
 from dsv4_hal.conformance.judging.compare import Results, run_case
+from dsv4_hal.conformance.judging.facts import Asking, asking
 from dsv4_hal.conformance.judging.guard import Misconduct, restored, state, watch
 from dsv4_hal.conformance.judging.named import named
-from dsv4_hal.conformance.judging.results import GRAD, About, Job, Produced, profile
+from dsv4_hal.conformance.judging.profiles import known
+from dsv4_hal.conformance.judging.remarks import remarks
+from dsv4_hal.conformance.judging.results import GRAD, About, Job, Produced, about_of, profile
+from dsv4_hal.conformance.judging.trace import trace
 from dsv4_hal.conformance.workers.process import STARTING, Child, Line, Lost, in_words
-from dsv4_hal.conformance.workers.transport import Packed, pack
-from dsv4_hal.dispatch import Resolved, resolve, select
+from dsv4_hal.conformance.workers.transport import Foreign, Packed, pack
+from dsv4_hal.dispatch import Resolved, select
 from dsv4_hal.environment import environment
 from dsv4_hal.numerics import MODES
 from dsv4_hal.ops import SIZES
@@ -34,6 +37,7 @@ from dsv4_hal.registry import FALLBACK, backend_class
 
 LIMIT = 60.0  # seconds a case may take
 AHEAD = 8  # cases that the process may be ahead of who judges
+ENOUGH = 3  # hangs and crashes of an op: its other cases are not run
 
 
 class Worker:
@@ -41,7 +45,7 @@ class Worker:
 
         with Worker("mychip") as worker:
             for job, made in worker.map(jobs()):
-                outcome = judge("mychip", job, made)
+                outcome = judge("mychip", job, made, worker.about.numerics(job.mode))
 
     about  what the backend says of itself, see `About`
     BackendError where the backend cannot be used at all.
@@ -70,18 +74,23 @@ class Worker:
         """What the backend makes of every job, in order; the process is some cases ahead of the caller.
 
         limit  seconds a case may take
-        A case that hangs or kills the process is that case's result, and the rest go on in a new process; where the
-        backend cannot be made again, they are errors.
+        A case that hangs or kills the process is that case's result, and the rest go on in a new process, but for those
+        of an op that did so ENOUGH times. Where the backend cannot be made again, they are errors.
         """
-        todo, ahead = iter(work), deque[tuple[int, Job]]()
+        todo, ahead, lost = iter(work), deque[tuple[int, Job]](), Counter[str]()
         while not self._gone:
             for job in islice(todo, AHEAD - len(ahead)):
                 ahead.append((next(self._numbers), job))
-                self._child.send(ahead[-1])
+                if lost[job.op] < ENOUGH:
+                    self._child.send(ahead[-1])
             if not ahead:
                 return
             number, job = ahead.popleft()
+            if lost[job.op] == ENOUGH:
+                yield job, Produced("", "", None, "error", f"not run, after {ENOUGH} hangs or crashes of {job.op}")
+                continue
             made, usable = self._answer(number, limit)
+            lost[job.op] += made.verdict in ("timeout", "crash")
             yield job, made
             if usable:
                 continue
@@ -91,38 +100,50 @@ class Worker:
             except BackendError as gone:
                 self._gone = f"after an earlier case was lost: {gone}"
             for numbered in ahead:
-                self._child.send(numbered)
+                if lost[numbered[1].op] < ENOUGH:
+                    self._child.send(numbered)
         for job in chain((job for _, job in ahead), todo):
             yield job, Produced("", "", None, "error", self._gone)
 
     def _answer(self, number: int, limit: float) -> tuple[Produced, bool]:
         """What became of a job, and whether the process can go on."""
         try:
-            answered, made = self._child.receive(limit)
+            answer = self._child.receive(limit)
         except Lost as lost:
             seconds = round(lost.seconds, 3)
             if lost.code is None:
                 return Produced("", "", None, "timeout", f"no result after {in_words(seconds)}", seconds), False
             told = f"the process of backend {self.backend} ended with exit code {lost.code}"
             return Produced("", "", None, "crash", told, seconds), False
-        if answered != number:
-            return Produced("", "", None, "misconduct", f"backend {self.backend} answered for another case"), False
-        return made, True
+        except Foreign as error:
+            return Produced("", "", None, "misconduct", f"backend {self.backend}: {error}"), False
+        match answer:
+            case (int(answered), Produced() as made) if answered == number:
+                return made, True
+        return Produced("", "", None, "misconduct", f"backend {self.backend} answered for another case"), False
 
     def _start(self) -> About:
         self._child = Child(_work, self.backend, self.modes)
         with contextlib.ExitStack() as failed:
             failed.callback(self._child.end)
             try:
-                about = self._child.receive(STARTING)
+                told = self._child.receive(STARTING)
             except Lost as lost:
                 if lost.code is None:
                     raise BackendError(f"backend {self.backend} could not be made within {STARTING:g} s") from None
                 raise BackendError(f"backend {self.backend} killed its process (exit code {lost.code})") from None
-            if isinstance(about, str):
-                raise BackendError(about)
+            except Foreign as error:
+                raise BackendError(f"backend {self.backend}: {error}") from None
+            if isinstance(told, str):
+                raise BackendError(told)
+            try:
+                about = about_of(told)
+                for mode in self.modes:
+                    known(mode.removesuffix(".grad"), about.profiles.get(mode, {}))
+            except ValueError as error:
+                raise BackendError(f"backend {self.backend}: {error}") from error
             failed.pop_all()
-        return cast(About, about)
+        return about
 
 
 def _work(line: Line, backend: str, modes: Sequence[str]) -> None:
@@ -140,24 +161,22 @@ def _work(line: Line, backend: str, modes: Sequence[str]) -> None:
     except BaseException as error:
         line.send(f"backend {backend} cannot be made: {described(error)}")
         return
-    line.send(about)
+    line.send(asdict(about))
     with torch.inference_mode(), contextlib.suppress(EOFError):
         while True:
             number, job = line.receive()
             try:
                 made = produce(cls, job)
             except BaseException as error:
-                made = Produced("", "", None, "error", described(error))
+                made = Produced("", "", None, "error", described(error), trace=trace(error))
             line.send((number, made))
 
 
 def _about(cls: type[Backend], modes: Sequence[str]) -> About:
-    profiles, refused = {}, dict[str, str]()
+    profiles = {}
     for mode in modes:
         select([cls.name], profile(mode))
-        ops = _candidate(cls, mode)
-        profiles[mode] = ops.numerics.to_dict()
-        refused |= _refused(cls, ops)
+        profiles[mode] = _candidate(cls, mode).numerics.to_dict()
     if GRAD in modes and not cls.differentiable:
         raise BackendError(f"backend {cls.name} has no gradients: it says of itself that it is for inference only")
     if cls.affords not in SIZES:
@@ -166,44 +185,38 @@ def _about(cls: type[Backend], modes: Sequence[str]) -> About:
         waivers = str(Path(inspect.getfile(cls)).parent / "waivers.yaml")
     except (TypeError, OSError):  # a class that was made, and lies in no file
         waivers = ""
-    return About(waivers, profiles, environment([cls.name]), cls.affords, refused)
+    return About(waivers, profiles, environment([cls.name]), cls.affords, remarks(cls))
 
 
-_CANDIDATES: dict[tuple[type[Backend], str], Resolved] = {}
+_CANDIDATES: dict[tuple[type[Backend], str], Asking] = {}
 
 
-def _candidate(cls: type[Backend], mode: str) -> Resolved:
-    """The ops that are put to the test: the backend's, with the reference behind it, watched."""
+def _candidate(cls: type[Backend], mode: str) -> Asking:
+    """The ops that are put to the test: the backend's, with the reference behind it for what it refuses, watched."""
     if (cls, mode) not in _CANDIDATES:
         first = cls(profile(mode))
         behind = [] if cls.name == FALLBACK else [backend_class(FALLBACK)(first.numerics, first.device)]
-        ops = resolve([first, *behind])
+        ops = asking([first, *behind])
         watch(ops)
         _CANDIDATES[cls, mode] = ops
     return _CANDIDATES[cls, mode]
-
-
-def _refused(cls: type[Backend], ops: Resolved) -> dict[str, str]:
-    """Ops of a backend's own that are not used, and why."""
-    return {
-        r.op: reason
-        for r in ops.resolutions
-        for name, reason in r.rejected
-        if name == cls.name and cls.origin(r.op).kind == "native"
-    }
 
 
 def produce(cls: type[Backend], job: Job) -> Produced:
     """The results of a case, watched; or what went wrong."""
     try:
         ops = _candidate(cls, job.mode)
-        runs_as = next(r.runs_as for r in ops.resolutions if r.op == job.op)
+        ops.asked.clear()
     except Exception as error:
-        return Produced("", "", None, "error", described(error))
+        return Produced("", "", None, "error", described(error), trace=trace(error))
     start, before = time.monotonic(), state()
 
-    def produced(results: Mapping[str, Packed] | None, verdict: str = "", message: str = "") -> Produced:
-        return Produced(runs_as, ops.device.type, results, verdict, message, round(time.monotonic() - start, 4))
+    def produced(
+        results: Mapping[str, Packed] | None, verdict: str = "", message: str = "", where: str = ""
+    ) -> Produced:
+        runs_as, refused = ops.ran(job.op)
+        seconds = round(time.monotonic() - start, 4)
+        return Produced(runs_as, ops.device.type, results, verdict, message, seconds, refused, where)
 
     try:
         made = produced(pack(results(job, ops)))
@@ -212,7 +225,7 @@ def produce(cls: type[Backend], job: Job) -> Produced:
     except NoGradient as error:
         made = produced(None, "disagrees", str(error))
     except Exception as error:
-        made = produced(None, "error", described(error))
+        made = produced(None, "error", described(error), trace(error))
     finally:
         changed = restored(before)  # whatever happened: the next case must not find it
     if changed:

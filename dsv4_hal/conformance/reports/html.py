@@ -149,6 +149,8 @@ def _summary(label: str, run: OpsRun, cells: Sequence[Cell]) -> dict[str, Any]:
         told = ("shapes", "no case ran")
     elif "shapes" in seen:
         told = ("shapes", "shapes are right; no values compared")
+    elif not any(o.judged for o in run.outcomes):
+        told = ("borrowed", "nothing was judged: the reference ran in its place")
     else:
         told = ("agrees" if "agrees" in seen else "borrowed", "no failures")
     return {
@@ -158,6 +160,7 @@ def _summary(label: str, run: OpsRun, cells: Sequence[Cell]) -> dict[str, Any]:
         "headline": run.head.headline,
         "refused": refused,
         "unasked": run.head.unasked,
+        "remarks": run.head.remarks,
         "counts": Counter(state(o) for o in run.outcomes),
         "bad": [(cell, _waiver(run.head.waivers, cell.outcomes[0])) for cell in bad],
         "stale": stale,
@@ -166,7 +169,7 @@ def _summary(label: str, run: OpsRun, cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _waiver(waivers: Iterable[SavedWaiver], outcome: SavedOutcome) -> SavedWaiver | None:
-    return next((w for w in waivers if outcome.waived and w.matches(outcome)), None)
+    return next((w for w in waivers if outcome.waived and w.covers(outcome)), None)
 
 
 def _model(label: str, run: ModelRun) -> dict[str, Any]:

@@ -31,9 +31,10 @@ def everything(_: Mapping[str, Any]) -> bool:
 class Domain:
     """The legal parameters of a function that runs an op's cases.
 
-    values  parameter -> what it may be, the plainest first; "strides" may be one of them (see `inputs.case`)
-    legal   whether parameters go together; asked with some of them as well, those before it in `values`
-    size    size class of a case with these parameters, of `dsv4_hal.ops.SIZES`
+    values    parameter -> what it may be, the plainest first; "strides" may be one of them (see `inputs.case`)
+    legal     whether parameters go together; asked with some of them as well, those before it in `values`
+    size      size class of a case with these parameters, of `dsv4_hal.ops.SIZES`
+    declared  whether it is one of DOMAINS: what `--generate` draws of
     """
 
     op: str
@@ -41,9 +42,11 @@ class Domain:
     values: Mapping[str, Sequence[Any]]
     legal: Callable[[Mapping[str, Any]], bool] = everything
     size: Callable[[Mapping[str, Any]], str] = tiny
+    declared: bool = True
 
     def __post_init__(self) -> None:
-        DOMAINS.setdefault(self.op, []).append(self)
+        if self.declared:
+            DOMAINS.setdefault(self.op, []).append(self)
 
     def case(self, parameters: Mapping[str, Any]) -> Case:
         """The case with these parameters; its id leaves out those that have the function's own default."""
