@@ -136,8 +136,7 @@ def _of_listed(op: str) -> Iterator[Domain]:
         for name, parameter in parameters.items():
             plain = [] if parameter.default is parameter.empty else [parameter.default]
             values[name] = list(dict.fromkeys([*plain, *(one[name] for one in seen if name in one)]))
-        sizes = [one.size for one in listed(op).values() if one.function is run]
-        yield Domain(op, run, values, size=lambda _, smallest=min(sizes, key=SIZES.index): smallest, declared=False)
+        yield Domain(op, run, values, declared=False)
 
 
 def _ids(domain: Domain, size: str) -> SearchStrategy[str]:

@@ -106,10 +106,8 @@ def _judged(backend: str, job: Job, made: Produced, numerics: Numerics) -> Outco
     if made.device == "meta":
         wrong = _shapes(got, run_case(case, oracles(numerics).reference))
         return outcome("disagrees" if wrong else "shapes", wrong)
-    if backend == FALLBACK:
-        against = _of_reference(job, got, numerics)
-    else:
-        against = {FALLBACK: _of_backend(job, got, numerics)}
+    known = _of_reference if backend == FALLBACK else _of_backend
+    against = known(job, got, numerics)
     first = next(iter(against))
     found = {
         result if oracle == first else f"{result} by {oracle}": comparison
@@ -136,9 +134,9 @@ def tolerance_of(job: Job) -> Tolerance:
     return GRADIENTS if job.mode == GRAD else OPS[job.op].tolerance
 
 
-def _of_backend(job: Job, got: Results, numerics: Numerics) -> dict[str, Comparison]:
+def _of_backend(job: Job, got: Results, numerics: Numerics) -> dict[str, dict[str, Comparison]]:
     """Results compared with the reference."""
-    return compare(got, expectation(job, numerics), tolerance_of(job))
+    return {FALLBACK: compare(got, expectation(job, numerics), tolerance_of(job))}
 
 
 def _of_reference(job: Job, got: Results, numerics: Numerics) -> dict[str, dict[str, Comparison]]:

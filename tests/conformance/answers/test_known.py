@@ -16,7 +16,7 @@ from dsv4_hal.backends.reference import Reference
 from dsv4_hal.conformance.answers import closed_forms, golden
 from dsv4_hal.conformance.answers.known import answers
 from dsv4_hal.conformance.judging import verdict
-from dsv4_hal.conformance.judging.compare import nmse
+from dsv4_hal.conformance.judging.budget import nmse
 from dsv4_hal.conformance.judging.results import Job, Outcome
 from dsv4_hal.conformance.judging.verdict import judge
 from dsv4_hal.conformance.judging.worker import produce
