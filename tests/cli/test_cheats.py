@@ -176,6 +176,15 @@ def test_an_answer_is_data_and_no_verdict(tool: Tool, install: Install, told: st
     assert done.code == 1 and ": misconduct: " in done.out and message in done.out, done.err
 
 
+def test_a_case_is_not_computed_elsewhere_where_only_shapes_count(tool: Tool, install: Install) -> None:
+    packed = 'Packed(b"", x.dtype, tuple(x.shape), tuple(x.stride()), "meta")'
+    shapes = f'answer(Produced("native", "meta", {{"y": {packed}}})) if x.shape[0] == 5 else None'
+    code = SENDS + CHEAT.replace("return super().hadamard(x) * 1.01", f"{shapes}\n        return super().hadamard(x)")
+    install("from dsv4_hal.conformance.workers.transport import Packed\n" + code)
+    done = tool("conform", "--backend", "cheat", "-o", "hadamard", "--mode", "exact")
+    assert done.code == 1 and "backend cheat computed on meta, and on cpu before" in done.out, done.err
+
+
 def test_what_a_backend_says_of_itself_is_data(tool: Tool, install: Install) -> None:
     install(SENDS + CHEAT + '\n    affords = Text("full")\n')
     done = tool("conform", "--backend", "cheat", *FEW)

@@ -56,6 +56,7 @@ class Worker:
     def __init__(self, backend: str, modes: Iterable[str] = MODES) -> None:
         self.backend, self.modes = backend, tuple(modes)
         self._gone = ""  # why the backend cannot be made again
+        self._device = ""  # type of the device that its first answer was computed on
         self._numbers = count()  # of jobs: an answer says which one it is to
         self.about = self._start()
 
@@ -118,8 +119,13 @@ class Worker:
         except Foreign as error:
             return Produced("", "", None, "misconduct", f"backend {self.backend}: {error}"), False
         match answer:
-            case (int(answered), Produced() as made) if answered == number:
-                return made, True
+            case (int(answered), Produced(str(), str(device), _, str(), str(), int() | float(), str(), str()) as made):
+                self._device = self._device or device
+                if answered == number and device in ("", self._device):
+                    return made, True
+                if answered == number:  # shapes alone are not compared in values
+                    told = f"backend {self.backend} computed on {device}, and on {self._device} before"
+                    return Produced("", "", None, "misconduct", told), True
         return Produced("", "", None, "misconduct", f"backend {self.backend} answered for another case"), False
 
     def _start(self) -> About:

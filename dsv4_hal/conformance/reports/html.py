@@ -180,6 +180,8 @@ def _model(label: str, run: ModelRun) -> dict[str, Any]:
     backends = list(dict.fromkeys(row.backend for row in run.rows))
     failed = [row for row in run.rows if row.verdict not in GOOD]
     told = ("fails", "disagrees") if failed else ("agrees", "no failures") if run.rows else ("shapes", "nothing ran")
+    if run.head.unjudged and not failed:
+        told = ("borrowed", f"nothing was judged: {' and '.join(run.head.unjudged)} refused every op")
     return {
         "label": label,
         "head": run.head,

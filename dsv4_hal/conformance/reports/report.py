@@ -95,6 +95,7 @@ class Run:
         """First whether it was interrupted, then how much of the backend is its own: a pass of code it inherited must
         not read like one of kernels."""
         own = sum(kind == "native" for kind in self.runs_as.values())
+        some = sum("native" in kind for kind in self.runs_as.values()) - own
         verdicts = Counter("waived" if self.waiver(o) else o.verdict for o in self.outcomes)
         told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
         if self.backend == FALLBACK:
@@ -102,7 +103,8 @@ class Run:
             told_of = ", ".join(f"{oracle} ({n})" for oracle, n in asked.items())
             own_text = f"the reference, against {told_of or 'no oracle'}"
         else:
-            own_text = f"{counted(own, 'native op')} of the {len(self.runs_as)} that ran"
+            in_part = f" and {some} in part" if some else ""
+            own_text = f"{counted(own, 'native op')}{in_part} of the {len(self.runs_as)} that ran"
         cases = counted(len(self.outcomes), "case")
         who = self.backend + emulated(self.about.environment, self.backend)
         judged = "" if self.judged else "; nothing of it was judged"

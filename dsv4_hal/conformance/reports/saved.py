@@ -70,6 +70,7 @@ class ModelHead:
     environment: Mapping[str, Sections]
     headline: Sequence[str]
     rows: int
+    unjudged: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,12 @@ def test_ops_that_are_refused_are_told_with_the_reason(tmp_path: Path) -> None:
     assert "Refused" not in null["text"]
 
 
+def test_a_model_of_which_nothing_was_judged(tmp_path: Path) -> None:
+    run = a_model(tmp_path, Part("chip", None, None, "embed"))
+    told = Page(page([replace(run, head=replace(run.head, unjudged=("chip",)))])).words
+    assert "○ nothing was judged: chip refused every op" in told and "no failures" in Page(page([run])).words
+
+
 def test_remarks_are_told(tmp_path: Path) -> None:
     about = replace(ABOUT, remarks=("kv_stores is no <b>op</b>",))
     assert "Remark: kv_stores is no <b>op</b>" in Page(page([ops(tmp_path, OWN, about=about)])).words

@@ -42,6 +42,7 @@ def test_the_headline_says_first_what_is_the_backends_own() -> None:
     assert "nothing of it" not in a_run().headline
     mixed = [GOOD, replace(GOOD, mode="deployed", runs_as="reference")]
     assert Run("chip", mixed, ABOUT).runs_as == {"linear": "native / reference"}
+    assert Run("chip", mixed, ABOUT).headline.startswith("chip: 0 native ops and 1 in part of the 1 that ran; 2 cases")
 
 
 def test_the_headline_says_what_was_not_run() -> None:
