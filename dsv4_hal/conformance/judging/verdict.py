@@ -26,7 +26,6 @@ from dsv4_hal.ops import OPS, Case, Tolerance
 from dsv4_hal.registry import FALLBACK, backend_class
 
 NAIVE, SLOPES = "the naive float64 oracle", "slopes of the naive float64 oracle"
-WIDE = "itself in float64"
 
 
 def conform(backend: str, work: Iterable[Job], limit: float = LIMIT) -> Iterator[Outcome]:
@@ -140,15 +139,14 @@ def _of_backend(job: Job, got: Results, numerics: Numerics) -> dict[str, dict[st
 
 
 def _of_reference(job: Job, got: Results, numerics: Numerics) -> dict[str, dict[str, Comparison]]:
-    """The reference's results compared with itself in float64, and with every oracle that knows them."""
+    """The reference's results compared with every oracle that knows them."""
     case, tolerance, expected = named(job.case), tolerance_of(job), expectation(job, numerics)
     if job.mode == GRAD:
         return {SLOPES: compare_slopes(case, got, slopes(job.op, case, _slow()), slope_budgets(expected))}
     knowing = {NAIVE: oracles(numerics).naive}
     if job.mode == "exact" and job.op in transformers.OPS and not transformers.missing():
         knowing[transformers.version()] = _transformers()
-    judged = {name: compare(got, _told(case, expected, ops), tolerance) for name, ops in knowing.items()}
-    return judged | {WIDE: compare(got, expected, tolerance)}
+    return {name: compare(got, _told(case, expected, ops), tolerance) for name, ops in knowing.items()}
 
 
 def _told(case: Case, expected: Expected, ops: Resolved) -> Expected:

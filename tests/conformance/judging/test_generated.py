@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dsv4_hal.conformance.judging.generated import generate
+from dsv4_hal.conformance.judging.generated import FAILURES, generate
 from dsv4_hal.conformance.judging.named import listed, named
 from dsv4_hal.conformance.judging.results import Outcome
 from dsv4_hal.conformance.judging.worker import Worker
@@ -39,15 +39,15 @@ def test_draws_are_new_and_the_same_every_time() -> None:
     assert all(named(o.case).id == o.case for o in first)
 
 
-def test_a_failure_is_shrunk_to_the_smallest(package: Callable[[str, str, str], None]) -> None:
+def test_failures_are_shrunk_to_the_smallest(package: Callable[[str, str, str], None]) -> None:
     package("faulty", FAULTY, "Faulty")
     outcomes = drawn("faulty", "rope", 60)
     failed = [o for o in outcomes if not o.ok]
-    assert len(failed) == 1 and failed[0].verdict == "disagrees"
-    assert "tokens=1,heads=2," in failed[0].case, failed[0].case
+    assert 1 <= len(failed) <= FAILURES and len({o.case for o in failed}) == len(failed)
+    assert all(o.verdict == "disagrees" and "tokens=1," in o.case for o in failed), failed
+    before = outcomes[: outcomes.index(failed[0])]
     right = drawn("reference", "rope", 60)
-    first = next(n for n, o in enumerate(right) if o.case not in {o.case for o in outcomes[:-1]})
-    assert [o.case for o in outcomes[:-1]] == [o.case for o in right[:first]]  # and nothing that shrinking tried
+    assert [o.case for o in before] == [o.case for o in right[: len(before)]]  # and nothing that shrinking tried
 
 
 @pytest.mark.parametrize("op", ["sparse_attention", "grouped_linear", "state_copy"])

@@ -121,7 +121,7 @@ class Mute(Exception):
 EXPECTED = {
     "hadamard": (
         "disagrees",
-        "2560 of 2560 elements are NaN or infinite where the reference is not, or the reverse, the first at 0: nan",
+        "2560 of 2560 elements are NaN or infinite where the reference is not, or the reverse, the first at [0, 0, ",
     ),
     "rms_norm": ("disagrees", "dtype torch.float64, expected"),
     "rope": ("misconduct", "rope changed its input x"),
@@ -420,7 +420,7 @@ def test_an_outcome_tells_how_the_op_ran_and_how_far_it_was_off() -> None:
         "disagrees", "native", "agrees", "reference",
     )  # fmt: skip
     assert wrong.of_budget is not None and wrong.of_budget > 1
-    assert right.of_budget == 0  # the same code
+    assert right.of_budget is not None and right.of_budget < 0.1  # float32 beside float64
     assert wrong.metrics["y"]["max_rel"] == pytest.approx(1e-5, rel=0.1)
 
 
