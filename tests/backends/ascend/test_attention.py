@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from dsv4_hal.backends.ascend import Ascend, sharedkv
 from dsv4_hal.backends.ascend.devices import SOCS, Soc, emulated
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.batch import Batch
-from dsv4_hal.conformance import compare, expect, run_case, widen
+from dsv4_hal.conformance import Budget, compare, expect, nmse, run_case, widen
+from dsv4_hal.conformance.judging.waivers import read_waivers
 from dsv4_hal.dispatch import Resolved, resolve
 from dsv4_hal.formats import new_pool
 from dsv4_hal.model.checkpoint import init_checkpoint
@@ -49,6 +51,10 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+WAIVED = read_waivers(Path(inspect.getfile(Ascend)).with_name("waivers.yaml"))
+ROUNDED = Budget(2.0**-10, 2.0**-7)  # as other roundings of probabilities make it: bfloat16's last place, and an eighth
+
+
 @pytest.fixture
 def backend(torch_npu: ModuleType, soc: Soc) -> Ascend:
     return Ascend(numerics_for(soc.mode))
@@ -67,7 +73,11 @@ def agree(backend: Ascend, case: Case) -> None:
     op = OPS[case.id.partition("[")[0]]
     wide = resolve([Reference(widen(backend.numerics))])
     expected = expect(partial(run_case, case), wide, backend.numerics.accumulate, op.tolerance)
-    found = compare(run_case(case, ops_of(backend)), expected, op.tolerance)
+    got = run_case(case, ops_of(backend))
+    found = compare(got, expected, op.tolerance)
+    if any(case.id == waiver.case for waiver in WAIVED):
+        assert nmse(got["y"], expected.results["y"], ROUNDED).ok and not found["y"].ok
+        return
     assert not {name: c.message for name, c in found.items() if not c.ok}
 
 
