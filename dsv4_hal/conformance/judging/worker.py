@@ -11,7 +11,7 @@ import inspect
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import cast
@@ -21,9 +21,10 @@ import torch
 from dsv4_hal.backend import Backend, BackendError, described
 from dsv4_hal.conformance.judging.backward import NoGradient, gradients
 from dsv4_hal.conformance.judging.compare import Results, run_case
-from dsv4_hal.conformance.judging.guard import Misconduct, restored, state, watch
+from dsv4_hal.conformance.judging.guard import Guard, Misconduct, restored, state
 from dsv4_hal.conformance.judging.named import named
-from dsv4_hal.conformance.judging.results import GRAD, About, Job, Produced, profile
+from dsv4_hal.conformance.judging.rehearsal import FEW, ROUND, SHORT, Unsteady, beside, due, rehearsed, repeated
+from dsv4_hal.conformance.judging.results import GRAD, About, Job, Produced, profile, up_to
 from dsv4_hal.conformance.workers.process import STARTING, Child, Line, Lost, in_words
 from dsv4_hal.conformance.workers.transport import Packed, pack
 from dsv4_hal.dispatch import Resolved, resolve, select
@@ -155,7 +156,7 @@ def _about(cls: type[Backend], modes: Sequence[str]) -> About:
     profiles, refused = {}, dict[str, str]()
     for mode in modes:
         select([cls.name], profile(mode))
-        ops = _candidate(cls, mode)
+        ops = _candidate(cls).resolved(mode)
         profiles[mode] = ops.numerics.to_dict()
         refused |= _refused(cls, ops)
     if GRAD in modes and not cls.differentiable:
@@ -169,18 +170,52 @@ def _about(cls: type[Backend], modes: Sequence[str]) -> About:
     return About(waivers, profiles, environment([cls.name]), cls.affords, refused)
 
 
-_CANDIDATES: dict[tuple[type[Backend], str], Resolved] = {}
+@dataclass
+class _Candidate:
+    """A backend that is put to the test.
+
+    ops     of each mode: the backend's, with the reference behind it, watched
+    guard   what watches them
+    rounds  ops whose results have come round, see `rehearsed`
+    """
+
+    cls: type[Backend]
+    ops: dict[str, Resolved] = field(default_factory=dict)
+    guard: Guard = field(default_factory=Guard)
+    rounds: set[str] = field(default_factory=set)
+
+    def resolved(self, mode: str) -> Resolved:
+        if mode not in self.ops:
+            first = self.cls(profile(mode))
+            behind = [] if self.cls.name == FALLBACK else [backend_class(FALLBACK)(first.numerics, first.device)]
+            ops = resolve([first, *behind])
+            self.guard.watch(ops)
+            self.ops[mode] = ops
+        return self.ops[mode]
+
+    @contextlib.contextmanager
+    def tested(self, job: Job, ops: Resolved) -> Iterator[None]:
+        """What a case's calls have to stand."""
+        with contextlib.ExitStack() as tests:
+            tests.enter_context(self.guard.case())
+            if ops.device.type == "meta":
+                pass
+            elif job.soak:
+                tests.enter_context(beside(ops.device))
+                tests.enter_context(repeated(ops, job.op, *job.soak))
+            elif due(job, self.cls.affords):
+                turns = SHORT if self.cls.affords in up_to(FEW) else ROUND
+                tests.enter_context(rehearsed(ops, job.op, self.guard, self.rounds, turns))
+            yield
 
 
-def _candidate(cls: type[Backend], mode: str) -> Resolved:
-    """The ops that are put to the test: the backend's, with the reference behind it, watched."""
-    if (cls, mode) not in _CANDIDATES:
-        first = cls(profile(mode))
-        behind = [] if cls.name == FALLBACK else [backend_class(FALLBACK)(first.numerics, first.device)]
-        ops = resolve([first, *behind])
-        watch(ops)
-        _CANDIDATES[cls, mode] = ops
-    return _CANDIDATES[cls, mode]
+_LAST: list[_Candidate] = []  # the one; what it keeps, and what is kept of it, goes with it
+
+
+def _candidate(cls: type[Backend]) -> _Candidate:
+    if not _LAST or _LAST[0].cls is not cls:
+        _LAST[:] = [_Candidate(cls)]
+    return _LAST[0]
 
 
 def _refused(cls: type[Backend], ops: Resolved) -> dict[str, str]:
@@ -196,7 +231,8 @@ def _refused(cls: type[Backend], ops: Resolved) -> dict[str, str]:
 def produce(cls: type[Backend], job: Job) -> Produced:
     """The results of a case, watched; or what went wrong."""
     try:
-        ops = _candidate(cls, job.mode)
+        candidate = _candidate(cls)
+        ops = candidate.resolved(job.mode)
         runs_as = next(r.runs_as for r in ops.resolutions if r.op == job.op)
     except Exception as error:
         return Produced("", "", None, "error", described(error))
@@ -206,10 +242,11 @@ def produce(cls: type[Backend], job: Job) -> Produced:
         return Produced(runs_as, ops.device.type, results, verdict, message, round(time.monotonic() - start, 4))
 
     try:
-        made = produced(pack(results(job, ops)))
+        with candidate.tested(job, ops):
+            made = produced(pack(results(job, ops)))
     except Misconduct as error:
         made = produced(None, "misconduct", str(error))
-    except NoGradient as error:
+    except (NoGradient, Unsteady) as error:
         made = produced(None, "disagrees", str(error))
     except Exception as error:
         made = produced(None, "error", described(error))
