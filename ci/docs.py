@@ -6,7 +6,7 @@ A block whose first line is a comment with a path is that file of the reader's p
 begins with `examples/` it is an excerpt of that file of this repository, `# ...` standing for what is left out: it is
 compared. A block of `sh` is run, a command a line; `# exits N` behind a command says how it ends, where not with 0. A
 block of `text` behind it is what they print: lines in order, `...` for what varies (in a line, or whole lines), runs of
-blanks and of rules of a table taken as one.
+blanks and of rules of a table taken as one. Days move with the calendar: the first that the page names is today.
 
 Every section begins with the files of those before it, in a folder of its own, and sections run side by side; only the
 first, which installs the package, comes before the others.
@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import date, timedelta
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +31,7 @@ AT_ONCE = 2
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PATH = re.compile(r"# ([\w./-]+\.\w+)$")
+_DAY = re.compile(r"\b\d{4}-\d{2}-\d{2}\b")
 _EXITS = re.compile(r"\s+# exits (\d+)$")
 
 
@@ -49,6 +51,13 @@ class Section:
     title: str
     files: dict[str, str]
     steps: list[Step] = field(default_factory=list)
+
+
+def current(text: str, today: date) -> str:
+    """The page as if its first day were today: what expires must not have, whenever it is followed."""
+    found = sorted(_DAY.findall(text))
+    moved = today - date.fromisoformat(found[0]) if found else timedelta()
+    return _DAY.sub(lambda day: str(date.fromisoformat(day[0]) + moved), text)
 
 
 def sections(text: str) -> list[Section]:
@@ -167,7 +176,7 @@ def _plain(line: str) -> str:
 def main(arguments: Sequence[str]) -> int:
     wrong = []
     for name in arguments:
-        first, *others = sections(Path(name).read_text(encoding="utf-8"))
+        first, *others = sections(current(Path(name).read_text(encoding="utf-8"), date.today()))
         with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(AT_ONCE) as pool:
             folders = [Path(work) / str(number) for number in range(1 + len(others))]
             for folder in folders:

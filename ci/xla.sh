@@ -18,6 +18,6 @@ if [ -z "${SIZE:-}" ]; then
   ops=(-o rms_norm -o hc_post)
 fi
 (cd examples/xla_backend && python -m pytest -n "${WORKERS:-2}" --dsv4-size "$size" "${plugin[@]}")
-bash ci/templates/compare.sh "$work/cases" reference null xla -- --size "$size" --mode deployed "${ops[@]}"
+bash ci/templates/compare.sh "$work/cases" reference xla -- --size "$size" --mode deployed "${ops[@]}"
 dsv4-hal init --preset v4-tiny --out "$work/v4-tiny"
 dsv4-hal compare --backends reference,xla --model "$work/v4-tiny" --mode deployed --tokens 40,9 --decode 1

@@ -6,11 +6,12 @@ overrides op by op. Differences inside one vendor are data that its `supports` a
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from types import MappingProxyType
+from types import CodeType, MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,7 +21,8 @@ from dsv4_hal.numerics import Numerics
 from dsv4_hal.ops import OPS, Ops
 
 Facts = Mapping[str, Any]
-"""Static facts of a model that a backend may refuse an op for: widths, head counts, ratios, formats."""
+"""Static facts of a model that a backend may refuse an op for: widths, head counts, ratios, formats, by the names of
+config.json. Of a case of the contract only those that its arguments tell; none where there is no model."""
 
 
 UNRESTRICTED = "no restriction"
@@ -73,8 +75,9 @@ class Verdict:
 class Origin:
     """Where a backend's implementation of an op comes from.
 
-    kind     "native": the backend's own; "inherited": another backend's, through subclassing;
-             "composite": the contract's definition in other ops; "missing": a primitive it does not have
+    kind     "native": the backend's own, or another's with a helper that is its own; "inherited": another backend's,
+             through subclassing; "composite": the contract's definition in other ops; "missing": a primitive it does
+             not have
     backend  name of the backend whose code it is ("" for composite and missing)
     """
 
@@ -135,7 +138,8 @@ class Backend(Ops):
         return {}
 
     def supports(self, op: str, facts: Facts) -> Verdict:
-        """Whether `op` can serve a model with these facts. Asked once, at load; cheap and deterministic."""
+        """Whether `op` can serve a model with these facts. Asked once, at load, and in `conform` for every case; cheap
+        and deterministic."""
         return Verdict(True, UNRESTRICTED)
 
     def row_layout(self, kind: str, dim: int, rope: int, ratio: int, window: int = 0) -> RowLayout:
@@ -151,6 +155,42 @@ class Backend(Ops):
         definer = next(c for c in cls.__mro__ if op in vars(c))
         if getattr(definer, op) is OPS[op].definition:
             return Origin("composite" if OPS[op].composite else "missing")
-        owners = [c for c in cls.__mro__ if issubclass(c, definer) and "name" in vars(c)]
-        owner = owners[-1].__dict__["name"] if owners else cls.name
+        owner = cls.name if cls.replaced(op) else cls.owner(definer)
         return Origin("native" if owner == cls.name else "inherited", owner)
+
+    @classmethod
+    def owner(cls, definer: type) -> str:
+        """The backend that a class in this one's order of bases belongs to."""
+        owners = [c for c in cls.__mro__ if issubclass(c, definer) and "name" in vars(c)]
+        return owners[-1].__dict__["name"] if owners else cls.name
+
+    @classmethod
+    def replaced(cls, op: str) -> list[str]:
+        """Helpers that another backend's code of an op calls on itself, and that are this backend's own instead.
+        Methods of every backend are no helpers."""
+        definer = next(c for c in cls.__mro__ if op in vars(c))
+        if cls.owner(definer) == cls.name:
+            return []
+        found, seen, todo = list[str](), set[str](), names_in(vars(definer)[op])
+        while todo:
+            name = todo.pop()
+            definers = [c for c in cls.__mro__ if name in vars(c)]
+            if name in seen or name in OPS or hasattr(Backend, name) or not definers:
+                continue
+            seen.add(name)
+            if cls.owner(definers[0]) == cls.name != cls.owner(definers[-1]):
+                found.append(name)
+            todo |= names_in(vars(definers[0])[name])
+        return sorted(found)
+
+
+def names_in(member: object) -> set[str]:
+    """Names that a function, or what wraps one, reads: of its globals, and of attributes of whatever it has."""
+    function = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))  # type: ignore[arg-type]
+    todo, found = [getattr(function, "__code__", None)], set[str]()
+    while todo:
+        code = todo.pop()
+        if code is not None:
+            found |= set(code.co_names)
+            todo += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import wraps
@@ -16,6 +17,9 @@ from dsv4_hal.formats import RowLayout, Weight
 from dsv4_hal.numerics import Numerics
 from dsv4_hal.ops import FAMILIES, OPS, Ops
 from dsv4_hal.registry import FALLBACK, Passed, choose, well_formed
+
+LACKING = "not implemented"
+"""Why a backend is passed over that does not have an op."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,12 @@ class Resolved(Ops):
 
     resolutions  what every op got, in the order of OPS
     passed       backends that an automatic choice passed over, and why
+    watch        what watches the operations below the ops, where something does
     """
 
     resolutions: tuple[Resolution, ...]
     passed: Passed
+    watch: AbstractContextManager[Any] = nullcontext()
 
     def __init__(self, primary: Backend) -> None:
         self.primary = primary
@@ -165,15 +171,9 @@ def resolve(
         raise BackendError(f"preference names an op or backend that is not there: {', '.join(unknown)}")
     ops = Resolved(backends[0])
     resolutions = []
-    for name, spec in OPS.items():
+    for name in OPS:
         candidates = [by_name[n] for n in prefer[name]] if name in prefer else list(backends)
-        chosen, resolution = _choose(name, candidates, facts)
-        if resolution.kind == "composite":
-            run = spec.definition.__get__(ops)
-        elif spec.composite:
-            run = getattr(chosen, name)
-        else:
-            run = _checked(spec.definition, ops, getattr(chosen, name))
+        run, resolution = implementation(ops, name, candidates, facts)
         setattr(ops, name, run)
         resolutions.append(resolution)
     refused = [r.fallback for r in resolutions if r.fallback]
@@ -183,13 +183,27 @@ def resolve(
     return ops
 
 
+def implementation(
+    ops: Ops, op: str, candidates: Sequence[Backend], facts: Facts
+) -> tuple[Callable[..., Any], Resolution]:
+    """What runs an op on `ops`, the first of the candidates that serves it with these facts, and why. A composite that
+    none of them has runs on the other ops of `ops`."""
+    chosen, resolution = _choose(op, candidates, facts)
+    spec = OPS[op]
+    if resolution.kind == "composite":
+        return spec.definition.__get__(ops), resolution
+    if spec.composite:
+        return getattr(chosen, op), resolution
+    return _checked(spec.definition, ops, getattr(chosen, op)), resolution
+
+
 def _choose(op: str, candidates: Sequence[Backend], facts: Facts) -> tuple[Backend, Resolution]:
     rejected: list[tuple[str, str]] = []
     wanted = candidates[0].name
     for backend in candidates:
         origin = _hook(backend, "origin", Origin, op)
         if origin.kind == "missing":
-            verdict = Verdict(False, "not implemented")
+            verdict = Verdict(False, LACKING)
         elif not callable(getattr(backend, op)):
             verdict = Verdict(False, f"{op} is {getattr(backend, op)!r}, which cannot be called")
         else:

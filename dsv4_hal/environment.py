@@ -101,4 +101,4 @@ def safe(text: str) -> str:
     """Without the user's name, as far as it is the home directory's, and without passwords inside addresses."""
     home = os.path.expanduser("~")
     text = text.replace(home, "~") if len(home) > 1 else text
-    return re.sub(r"(\w+://)[^/\s@]+@", r"\1(masked)@", text)
+    return re.sub(r"\b(\w+://)[^/\s@]+@", r"\1(masked)@", text)

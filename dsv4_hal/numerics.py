@@ -5,11 +5,13 @@ declares the one it computes in, and the reference computes the same.
 
 There are two modes, `exact` and `deployed`. Where a vendor's devices round elsewhere than the published code, the
 package declares a profile of its own, as an entry point of the group `dsv4_hal.profiles` whose object is a `Numerics`
-of that name: a mode like the two, for every backend, the reference included.
+of that name: a mode like the two, for every backend, the reference included. Its dtypes and formats are those that have
+names here, so that it can be told as data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cache
@@ -22,6 +24,8 @@ from dsv4_hal.formats import FORMATS, Format
 
 GROUP = "dsv4_hal.profiles"
 MODES = ("exact", "deployed")
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,14 @@ class Numerics:
         """As text: dtypes and formats by their names."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, object]) -> Numerics:
+        """The profile that `to_dict` tells, of dtypes in DTYPES and formats in FORMATS: data, from whoever it comes.
+        ValueError names the key that is wrong."""
+        if not isinstance(plain, Mapping) or plain.keys() != {field.name for field in fields(cls)}:
+            raise ValueError(f"a numeric profile has {', '.join(field.name for field in fields(cls))}; got {plain!r}")
+        return cls(**{field.name: _read(field.name, str(field.type), plain[field.name]) for field in fields(cls)})
+
 
 def _plain(value: Any) -> str | bool | None:
     if isinstance(value, Format):
@@ -64,9 +76,21 @@ def _plain(value: Any) -> str | bool | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
+def _read(name: str, kind: str, value: object) -> Any:
+    """A field from text; annotations are text in this module."""
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "Format | None" and value is None:
+        return None
+    known: Mapping[str, Any] = {"torch.dtype": DTYPES, "Format | None": FORMATS}.get(kind, {})
+    if isinstance(value, str) and (kind == "str" or value in known):
+        return known.get(value, value)
+    raise ValueError(f"a numeric profile's {name} must be {', '.join(known) or kind}, got {value!r}")
+
+
 def exact(dtype: torch.dtype = torch.float32) -> Numerics:
     """No quantisation of activations or cache rows, no Hadamard; everything in `dtype`, sums in at least float32."""
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in _FLOATS:
         raise ValueError(f"mode exact computes in float64, float32, bfloat16 or float16, not {dtype}")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return Numerics("exact", storage=dtype, accumulate=wide, q_norm=wide, score=wide, probs=wide)
@@ -139,4 +163,9 @@ def _load(mode: str) -> Numerics:
         raise ValueError(f"mode {mode}: {entry.value} does not load: {type(error).__name__}: {error}") from error
     if not isinstance(found, Numerics) or found.mode != mode:
         raise ValueError(f"mode {mode}: {entry.value} is {found!r}, not a profile of that name")
+    try:
+        if Numerics.from_dict(found.to_dict()) != found:
+            raise ValueError("it has a format that is not that of its name")
+    except ValueError as error:
+        raise ValueError(f"mode {mode}: {entry.value}: {error}") from error
     return found

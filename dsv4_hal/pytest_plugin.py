@@ -11,8 +11,8 @@
 A test that asks for `conformance_outcome` becomes one test per case, named after it. The case runs on the backend in a
 process of its own, which a crash or a hang ends without ending the session. Where the case disagrees the test fails, or
 is an expected failure if a waiver beside the backend covers it; where it agrees the test's body runs, and may look at
-the `Outcome`. Cases larger than the backend affords are skipped, with that reason. A waiver whose cases all ran, and
-none failed, fails the session. Works under pytest-xdist; nothing loads this module but who names it.
+the `Outcome`. Cases larger than the backend affords are skipped, with that reason. A stale waiver fails the session,
+and so does a backend of which nothing was judged. Works under pytest-xdist; nothing loads this module but who names it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 from dsv4_hal.backend import BackendError
 from dsv4_hal.cli.conform import LONGEST, SHORTEST, chosen_jobs
 from dsv4_hal.conformance.judging.results import DEFAULT_SIZE, GRAD, About, Extent, Job, Outcome, affordable
+from dsv4_hal.conformance.judging.trace import short
 from dsv4_hal.conformance.judging.verdict import judge
 from dsv4_hal.conformance.judging.waivers import read_waivers
 from dsv4_hal.conformance.judging.worker import LIMIT, Worker
@@ -104,7 +105,7 @@ def conformance_outcome(request: pytest.FixtureRequest, conformance_worker: Work
     if not affordable([job], about):
         pytest.skip(f"a case of size {job.size}: the backend affords {about.affords} at most")
     made = conformance_worker.produce(job, request.config.getoption("dsv4_limit"))
-    outcome = judge(conformance_worker.backend, job, made)
+    outcome = judge(conformance_worker.backend, job, made, about.numerics(job.mode))
     request.node.stash[_OUTCOME], request.node.stash[_ABOUT] = outcome, about
     return outcome
 
@@ -118,7 +119,8 @@ def pytest_runtest_call(item: pytest.Item) -> None:
     if waiver is not None:
         pytest.xfail(f"waived {waiver.date} ({waiver.reason}): {outcome.message}")
     again = f'dsv4-hal conform --backend {outcome.backend} -p "{outcome.id}"'
-    pytest.fail(f"{outcome.verdict}: {outcome.message}\nagain: {again}", pytrace=False)
+    told = [f"{outcome.verdict}: {outcome.message}", *short(outcome.trace), f"again: {again}"]
+    pytest.fail("\n".join(told), pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -151,7 +153,7 @@ class _Session:
         if self.about is None:
             return
         self.run = _run(self.outcomes, self.about, self.size)
-        if session.exitstatus == pytest.ExitCode.OK and self.run.stale:
+        if session.exitstatus == pytest.ExitCode.OK and (self.run.stale or not self.run.judged):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -159,8 +161,10 @@ class _Session:
             return
         terminalreporter.section("dsv4-hal")
         for waiver in self.run.stale:
-            told = f"stale waiver: {waiver.case} of {waiver.date}: no case of it fails; see {self.run.about.waivers}"
+            told = f"stale waiver: {waiver.case} of {waiver.date}: {waiver.why_stale}; see {self.run.about.waivers}"
             terminalreporter.line(told, red=True)
+        for told in self.run.about.remarks:
+            terminalreporter.line(f"remark: {told}")
         terminalreporter.line(self.run.headline)
 
 

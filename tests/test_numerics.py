@@ -11,7 +11,7 @@ import torch
 
 from dsv4_hal import numerics
 from dsv4_hal.formats import FORMATS
-from dsv4_hal.numerics import deployed, exact, mode_names, numerics_for
+from dsv4_hal.numerics import Numerics, deployed, exact, mode_names, numerics_for
 
 CHIP = replace(deployed(), mode="chip", activation=FORMATS["int8_channel"], kv=None)
 NOT_A_PROFILE = "a text"
@@ -73,3 +73,42 @@ def test_the_two_modes_are_not_redeclared(monkeypatch: pytest.MonkeyPatch) -> No
     assert mode_names() == ("exact", "deployed")
     with pytest.raises(ValueError, match="mode exact is this project's, and vendor:EXACT declares one of that name"):
         numerics_for("exact")
+
+
+@pytest.mark.parametrize("profile", [exact(), exact(torch.float64), deployed(), replace(CHIP, hf32=True)])
+def test_a_profile_is_told_as_data(profile: Numerics) -> None:
+    assert Numerics.from_dict(profile.to_dict()) == profile
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"score": "float8_e4m3fn"},
+            "a numeric profile's score must be float64, float32, bfloat16, float16, got 'float8",
+        ),
+        ({"score": None}, "score must be float64"),
+        ({"kv": "e9m9"}, "kv must be fp64, fp32, .*, got 'e9m9'"),
+        ({"kv": True}, "kv must be fp64"),
+        ({"hf32": "True"}, "hf32 must be bool, got 'True'"),
+        ({"mode": 3}, "mode must be str, got 3"),
+        ({"more": 3}, "a numeric profile has mode, storage, .*; got"),
+    ],
+)
+def test_data_that_is_no_profile(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Numerics.from_dict(deployed().to_dict() | change)
+    with pytest.raises(ValueError, match="a numeric profile has"):
+        Numerics.from_dict({})
+
+
+def test_a_declared_profile_has_formats_that_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("chip", f"{__name__}:CHIP", numerics.GROUP)
+    monkeypatch.setattr(numerics, "_declared", lambda: {"chip": [entry]})
+    for kv, why in (
+        (replace(FORMATS["mxfp8"], name="own"), "a numeric profile's kv must be fp64, .*, got 'own'"),
+        (replace(FORMATS["mxfp8"], top=9.0), "it has a format that is not that of its name"),
+    ):
+        monkeypatch.setattr(EntryPoint, "load", lambda entry, kv=kv: replace(CHIP, kv=kv))
+        with pytest.raises(ValueError, match=f"mode chip: .*:CHIP: {why}"):
+            numerics_for("chip")

@@ -3,6 +3,7 @@ one that starts more."""
 
 from __future__ import annotations
 
+import datetime
 import os
 
 import pytest
@@ -26,6 +27,7 @@ class Faulty(Reference):
             time.sleep(60)
         return super().hadamard(x) * (1.5 if width == 64 else 1)
 """
+DAY, LAST = (datetime.date.today() + datetime.timedelta(days) for days in (-4, 30))
 FIXED, LATER, UNFIXED = "hadamard[tokens=5", "hadamard[tokens=", "hadamard[tokens=3,heads=1,width=64]"
 
 
@@ -58,7 +60,8 @@ def vendor(outside: dict[str, str], pytester: pytest.Pytester, monkeypatch: pyte
 
 def waive(vendor: pytest.Pytester, *cases: str) -> None:
     text = "".join(
-        f"- {{case: '{case}', mode: exact, reason: fixed in driver 25.3, date: 2026-11-25}}\n" for case in cases
+        f"- {{case: '{case}', mode: exact, reason: fixed in driver 25.3, date: {DAY}, expires: {LAST}}}\n"
+        for case in cases
     )
     (vendor.path / "site" / "waivers.yaml").write_text(text)
 
@@ -77,7 +80,7 @@ def test_every_case_is_a_test(vendor: pytest.Pytester) -> None:
         "crash: the process of backend faulty ended with exit code 3",
         'again: dsv4-hal conform --backend faulty -p "hadamard[tokens=3,heads=1,width=1]@exact"',
         "timeout: no result after 4.0 s",
-        "waived 2026-11-25 (fixed in driver 25.3): y: nmse ",
+        f"waived {DAY} (fixed in driver 25.3): y: nmse ",
         "faulty: 1 native op of the 1 that ran; 9 cases: 6 agrees, 1 crash, 1 timeout, 1 waived; size classes",
     ):
         assert line in result.stdout.str(), line
@@ -90,7 +93,7 @@ def test_stale_waivers_fail_the_session(vendor: pytest.Pytester) -> None:
     result.assert_outcomes(passed=4)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     told = [line for line in result.stdout.lines if "stale waiver" in line]
-    assert len(told) == 1 and f"stale waiver: {FIXED} of 2026-11-25: no case of it fails" in told[0]
+    assert len(told) == 1 and f"stale waiver: {FIXED} of {DAY}: no case of it fails" in told[0]
 
 
 def test_what_does_not_run_says_why(vendor: pytest.Pytester) -> None:
@@ -126,6 +129,15 @@ def test_the_limit_is_that_of_conform(vendor: pytest.Pytester) -> None:
     for limit in ("0", "nan", "1e9", "soon"):
         result = vendor.runpytest_inprocess("--dsv4-limit", limit)
         assert f"--dsv4-limit: must be 0.1 to 86400 seconds, got {limit}" in result.stderr.str()
+
+
+def test_a_backend_of_which_nothing_is_judged_fails_the_session(vendor: pytest.Pytester) -> None:
+    refuses = "    def supports(self, op, facts):\n        return Verdict(False, 'not today')\n"
+    code = "from dsv4_hal.backend import Verdict\n" + FAULTY + refuses
+    (vendor.path / "site" / "faulty_module.py").write_text(code)
+    result = session(vendor, "--dsv4-pattern", "hadamard[tokens=5,heads=4,width=128]")
+    assert result.parseoutcomes().keys() == {"passed"} and result.ret == pytest.ExitCode.TESTS_FAILED
+    assert "nothing of it was judged" in result.stdout.str()
 
 
 def test_without_the_fixture_nothing_is_asked(vendor: pytest.Pytester) -> None:

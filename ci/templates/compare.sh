@@ -7,7 +7,7 @@
 # What each backend makes of the contract's cases goes to OUT/BACKEND.bundle, its verdicts to OUT/BACKEND (results.jsonl,
 # junit.xml, report.md, ...), and all of them to OUT/report.html. Options are those of `dsv4-hal record`.
 # Every backend runs, whatever became of the one before. The exit code is the first that was not 0: 1 disagrees, 2 usage,
-# 3 backend unavailable, 4 a waiver is stale.
+# 3 backend unavailable, 4 a waiver is stale, 5 nothing was judged: shapes only, or the backend refused every case.
 set -uo pipefail
 [ $# -ge 2 ] || { sed -n '4,5s/^# *//p' "$0" >&2; exit 2; }
 out=$1
@@ -28,14 +28,11 @@ for backend in "${backends[@]}"; do
   dsv4-hal record --backend "$backend" --out "$out/$backend.bundle" "$@" &&
     dsv4-hal compare --against "$out/$backend.bundle" --out "$out/$backend" || mine=$?
   [ ! -f "$out/$backend/results.jsonl" ] || runs+=("$out/$backend")
-  # A backend without values, such as null, has right shapes at best: that is no agreement, and not told as one.
-  if [ $mine -ne 0 ]; then
-    told+=("$backend: exit code $mine")
-  elif grep -q '"verdict": "agrees"' "$out/$backend/results.jsonl"; then
-    told+=("$backend: agrees")
-  else
-    told+=("$backend: shapes only")
-  fi
+  case $mine in
+    0) told+=("$backend: agrees") ;;
+    5) told+=("$backend: nothing was judged") ;;
+    *) told+=("$backend: exit code $mine") ;;
+  esac
   [ $code -ne 0 ] || code=$mine
 done
 if [ ${#runs[@]} -gt 0 ]; then

@@ -1,7 +1,7 @@
 """The command line: `dsv4-hal VERB`. One file per verb or group of them; the work is done elsewhere.
 
-Exit codes: 0 done, 1 disagreement, 2 usage or bad input, 3 backend unavailable, 4 stale waiver, 130 interrupted, 143
-terminated.
+Exit codes: 0 done, 1 disagreement, 2 usage or bad input, 3 backend unavailable, 4 stale waiver, 5 nothing judged, 130
+interrupted, 143 terminated.
 """
 
 from __future__ import annotations

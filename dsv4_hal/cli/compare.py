@@ -67,7 +67,8 @@ def compare(
     DIR`: a model run recorded elsewhere.
 
     Exit codes: 0 agrees, 1 disagrees, 2 usage or a bundle that cannot be read, 3 backend unavailable, or the one that
-    others are compared with fails, 4 a waiver is stale.
+    others are compared with fails, 4 a waiver is stale, 5 nothing was judged: shapes only, or a backend refused
+    everything, and the reference ran in its place.
     """
     from dsv4_hal.conformance.models.compare import live
     from dsv4_hal.conformance.models.run import LIMIT
@@ -173,7 +174,7 @@ def _recorded_cases(against: Path, backend: str, out: Path | None) -> None:
     outcomes = []
     with progress(len(bundle.made)) as advance, torch.inference_mode():
         for job, produced in bundle.made:
-            outcomes.append(judge(bundle.backend, job, produced))
+            outcomes.append(judge(bundle.backend, job, produced, bundle.about.numerics(job.mode)))
             advance()
     where = bundle.about.environment
     versions = {**where["program"], **where["machine"], "torch": where["packages"].get("torch", "unknown")}
@@ -181,7 +182,8 @@ def _recorded_cases(against: Path, backend: str, out: Path | None) -> None:
     told = ", ".join(f"{key} {versions[key]}" for key in ("dsv4-hal", "torch", "python", "system"))
     common.notes.print(escape(f"recorded with {told}"))
     unasked = LIVE if bundle.backend == FALLBACK else ()
-    conclude(Run(bundle.backend, outcomes, bundle.about, bundle.waivers, bundle.extent, unasked), out)
+    run = Run(bundle.backend, outcomes, bundle.about, bundle.waivers, bundle.extent, unasked, suite=bundle.suite)
+    conclude(run, out)
 
 
 def _recorded_model(against: Path, model: str, backend: str, limit: float, out: Path | None) -> None:
@@ -202,6 +204,8 @@ def conclude_model(compared: Compared, out: Path | None) -> None:
         common.notes.print(f"[dim]written: {escape(str(out))}/model.jsonl, junit.xml, report.md, report.html[/]")
     if compared.failed:
         raise typer.Exit(1)
+    if compared.unjudged:
+        raise typer.Exit(5)
 
 
 def show_model(compared: Compared) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,7 +73,8 @@ def conform(
 
     The reference itself is compared with a naive float64 oracle, with HF transformers, closed forms and golden vectors.
 
-    Exit codes: 0 agrees, 1 disagrees, 2 usage, 3 backend unavailable, 4 a waiver is stale.
+    Exit codes: 0 agrees, 1 disagrees, 2 usage, 3 backend unavailable, 4 a waiver is stale, 5 nothing was judged: the
+    backend computes shapes only, or refused every case, and the reference ran in its place.
     """
     from dsv4_hal.conformance.answers.known import Answers, answers
     from dsv4_hal.conformance.judging import results
@@ -142,7 +144,7 @@ def _listed(worker: Worker, work: Sequence[Job], known: Iterable[Outcome], limit
     from dsv4_hal.conformance.judging import verdict
 
     for job, made in worker.map(work, limit):
-        yield [verdict.judge(worker.backend, job, made)]
+        yield [verdict.judge(worker.backend, job, made, worker.about.numerics(job.mode))]
     for outcome in known:
         yield [outcome]
 
@@ -163,8 +165,8 @@ def _soaked(worker: Worker, work: Sequence[Job], calls: int, limit: float) -> It
     """A few cases of each op, again and again."""
     from dsv4_hal.conformance.judging.soak import soak
 
-    console = common.console()
-    for outcomes in soak(worker.backend, lambda job: worker.produce(job, limit), work, calls, limit):
+    console, produce = common.console(), partial(worker.produce, limit=limit)
+    for outcomes in soak(worker.backend, produce, worker.about.numerics, work, calls, limit):
         yield outcomes
         for outcome in outcomes:
             if outcome.ok:
@@ -189,6 +191,8 @@ def conclude(run: Run, out: Path | None) -> None:
         raise typer.Exit(1)
     if run.stale:
         raise typer.Exit(4)
+    if not run.judged:
+        raise typer.Exit(5)
 
 
 def chosen_jobs(op: Sequence[str] | None, pattern: str, mode: str | None, size: str, grad: bool) -> list[Job]:
@@ -266,9 +270,12 @@ def chosen_ops(names: Sequence[str]) -> list[str]:
 
 
 def show(run: Run) -> None:
+    from dsv4_hal.conformance.judging.trace import short
+    from dsv4_hal.conformance.reports import saved
     from dsv4_hal.conformance.reports.report import rows
     from dsv4_hal.conformance.workers.text import one_line
 
+    traces = list[list[str]]()
     table = Table()
     for title in ("op", "runs as", "cases", "failed", "of budget"):
         table.add_column(title, no_wrap=True)
@@ -283,11 +290,19 @@ def show(run: Run) -> None:
             told = f"waived {waiver.date} ({waiver.reason})" if waiver else outcome.verdict
             line = one_line(f"{outcome.id}: {told}: {outcome.message}")
             console.print(escape(line), soft_wrap=True, highlight=False)
+            where = short(outcome.trace)
+            if where and where not in traces:  # many cases end at one place
+                traces.append(where)
+                console.print(escape(saved.printable("\n".join(where))), soft_wrap=True, highlight=False)
     for op, why in run.refused.items():
-        line = one_line(f"{op} of its own is not used: {why}")
+        line = one_line(f"{op} is refused: {why}")
         console.print(escape(line), soft_wrap=True, highlight=False)
     for waiver in run.stale:
-        console.print(escape(f"stale waiver: {waiver.case} of {waiver.date}: no case of it fails"), soft_wrap=True)
+        console.print(escape(f"stale waiver: {waiver.case} of {waiver.date}: {waiver.why_stale}"), soft_wrap=True)
+    for told in run.about.remarks:
+        console.print(escape(one_line(f"remark: {told}")), soft_wrap=True, highlight=False)
+    if run.unrecorded:
+        console.print(escape(f"not recorded: {run.unrecorded}"), soft_wrap=True, highlight=False)
     for told in run.unasked:
         console.print(escape(f"not asked: {told}"), soft_wrap=True, highlight=False)
     console.print(escape(run.headline), soft_wrap=True, highlight=False)

@@ -99,9 +99,10 @@ def _cases(out: Path, backend: str, work: list[Job], size: str, limit: float) ->
 
 
 def _model(out: Path, backend: str, model: str, mode: str, plan: Script, ops: bool, limit: float) -> str:
+    from dsv4_hal.conformance.judging.profiles import told
     from dsv4_hal.conformance.models.run import record
 
     with telling() as tell:
-        record(out, model, backend, mode, plan, ops, tell(f"{backend}, freely"), limit)
+        record(out, model, backend, told(mode), plan, ops, tell(f"{backend}, freely"), limit)
     lengths = " + ".join(str(len(prompt)) for prompt in plan.prompts)
     return f"{model} on {backend}, {mode}: {lengths} tokens and {plan.decode} decoded"

@@ -1,24 +1,24 @@
 """Whether two backends agree: running a case, comparing its results, and how far they may differ."""
 
+from dsv4_hal.conformance.judging.budget import Budget, nmse
 from dsv4_hal.conformance.judging.compare import (
-    Budget,
     Comparison,
     bitwise,
-    budget,
     compare,
-    nmse,
     run_case,
     selection,
     statistical,
     widen,
 )
+from dsv4_hal.conformance.judging.expected import Expected, expect
 
 __all__ = [
     "Budget",
     "Comparison",
+    "Expected",
     "bitwise",
-    "budget",
     "compare",
+    "expect",
     "nmse",
     "run_case",
     "selection",

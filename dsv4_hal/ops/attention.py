@@ -14,9 +14,9 @@ from dsv4_hal.ops.norm_rope import NormRope
 from dsv4_hal.ops.spec import Compare, ContractError, Tolerance, check_out, composite, primitive
 
 # Twice the usual: an exponential makes a relative error of the absolute one of a score, and a row has few large ones.
-_ATTENTION = Tolerance(Compare.NMSE, 16.0, "exponentials, the running maximum and the order over keys are free")
-_PICKS = Tolerance(Compare.SELECTION, 8.0, "scores within their own rounding error of the k-th may change places")
-_PROJECT = Tolerance(Compare.NMSE, 8.0, "the order of two long sums is free")
+_ATTENTION = Tolerance(Compare.NMSE, 4.0, "exponentials, the running maximum and the order over keys are free")
+_PICKS = Tolerance(Compare.SELECTION, 4.0, "scores within their own rounding error of the k-th may change places")
+_PROJECT = Tolerance(Compare.NMSE, 4.0, "the order of two long sums is free")
 
 
 class Attention(Gemm, NormRope):

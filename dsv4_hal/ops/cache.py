@@ -16,11 +16,11 @@ from dsv4_hal.ops.norm_rope import NormRope
 from dsv4_hal.ops.spec import Compare, ContractError, Tolerance, composite, primitive
 
 _ROWS = Tolerance(Compare.BITWISE, 0.0, "rows are rounded by one rule and then copied")
-_NORM_ROWS = Tolerance(Compare.NMSE, 8.0, "a last bit of the norm may carry a value over the edge of its rounding")
+_NORM_ROWS = Tolerance(Compare.NMSE, 4.0, "a last bit of the norm may carry a value over the edge of its rounding")
 _COPY = Tolerance(Compare.BITWISE, 0.0, "a copy")
-_STATE = Tolerance(Compare.NMSE, 8.0, "a state is opaque: what compress makes of it later is compared")
-_PLAN = Tolerance(Compare.NMSE, 8.0, "cosine and sine may differ in their last bit; integers may not")
-_COMPRESS = Tolerance(Compare.NMSE, 8.0, "exponentials and the order of the weighted sum are free")
+_STATE = Tolerance(Compare.NMSE, 4.0, "a state is opaque: what compress makes of it later is compared")
+_PLAN = Tolerance(Compare.NMSE, 4.0, "cosine and sine may differ in their last bit; integers may not")
+_COMPRESS = Tolerance(Compare.NMSE, 4.0, "exponentials and the order of the weighted sum are free")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dsv4_hal.ops.cases import gemm as cases
 from dsv4_hal.ops.family import Family
 from dsv4_hal.ops.spec import Compare, ContractError, Tolerance, check_dtype, check_out, primitive
 
-_GEMM = Tolerance(Compare.NMSE, 8.0, "the order of a long sum is free; every rounding of its inputs and result is not")
+_GEMM = Tolerance(Compare.NMSE, 4.0, "the order of a long sum is free; every rounding of its inputs and result is not")
 _BITS = Tolerance(Compare.BITWISE, 0.0, "rounding to a format has one right answer")
 
 

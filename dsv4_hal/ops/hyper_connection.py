@@ -8,7 +8,7 @@ from dsv4_hal.ops.cases import hyper_connection as cases
 from dsv4_hal.ops.norm_rope import NormRope
 from dsv4_hal.ops.spec import Compare, ContractError, Tolerance, composite, primitive
 
-_MIX = Tolerance(Compare.NMSE, 8.0, "the order of the long projection's sum and the exponentials are free")
+_MIX = Tolerance(Compare.NMSE, 4.0, "the order of the long projection's sum and the exponentials are free")
 
 
 class HyperConnection(NormRope):

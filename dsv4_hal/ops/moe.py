@@ -10,12 +10,12 @@ from dsv4_hal.ops.cases import moe as cases
 from dsv4_hal.ops.gemm import Gemm
 from dsv4_hal.ops.spec import Compare, ContractError, Tolerance, check_out, composite, primitive
 
-_ROUTE = Tolerance(Compare.SELECTION, 8.0, "experts whose scores are within rounding error may change places")
+_ROUTE = Tolerance(Compare.SELECTION, 4.0, "experts whose scores are within rounding error may change places")
 _COPY = Tolerance(Compare.BITWISE, 0.0, "a copy in an order the contract fixes")
-_SUM = Tolerance(Compare.NMSE, 8.0, "the order of the sum over a token's experts is free")
-_SWIGLU = Tolerance(Compare.NMSE, 8.0, "the exponential in silu is free in its last bit")
+_SUM = Tolerance(Compare.NMSE, 4.0, "the order of the sum over a token's experts is free")
+_SWIGLU = Tolerance(Compare.NMSE, 4.0, "the exponential in silu is free in its last bit")
 _ORDERS = "the orders of the sums are free; the rounding of the hidden rows is not"
-_EXPERTS = Tolerance(Compare.NMSE, 8.0, _ORDERS, rounded="storage")
+_EXPERTS = Tolerance(Compare.NMSE, 4.0, _ORDERS)
 
 
 class Moe(Gemm):

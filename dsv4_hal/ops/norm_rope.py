@@ -9,9 +9,9 @@ from dsv4_hal.ops.cases import norm_rope as cases
 from dsv4_hal.ops.family import Family
 from dsv4_hal.ops.spec import Compare, ContractError, Tolerance, check_out, composite, primitive
 
-_NORM = Tolerance(Compare.NMSE, 8.0, "the order of the sum of squares and the last bit of rsqrt are free")
-_ROPE = Tolerance(Compare.NMSE, 8.0, "a fused multiply-add rounds once where two operations round twice")
-_HADAMARD = Tolerance(Compare.NMSE, 8.0, "the order of the sum over channels is free")
+_NORM = Tolerance(Compare.NMSE, 4.0, "the order of the sum of squares and the last bit of rsqrt are free")
+_ROPE = Tolerance(Compare.NMSE, 4.0, "a fused multiply-add rounds once where two operations round twice")
+_HADAMARD = Tolerance(Compare.NMSE, 4.0, "the order of the sum over channels is free")
 
 
 class NormRope(Family):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -47,7 +47,7 @@ class Compare(Enum):
     """How two results of an op are compared, after dtype, shape and device."""
 
     BITWISE = "bitwise"  # every bit equal
-    NMSE = "nmse"  # mean square error over mean square, and largest error over largest value
+    NMSE = "nmse"  # element by element, within what float32 may make of it
     SELECTION = "selection"  # picks: valid, distinct, visible; sets equal up to a margin of scores
     STATISTICAL = "statistical"  # a distribution, by many draws
 
@@ -56,16 +56,14 @@ class Compare(Enum):
 class Tolerance:
     """How far a backend may be from the reference.
 
-    factor   budget = factor x the reference's own error in the profile's dtypes against the same profile with float64
-             between its rounding points; unused for BITWISE
-    why      one sentence: what may legitimately differ
-    rounded  field of the profile that holds the dtype of the last rounding, where the result's own dtype is finer
+    factor  how many times the errors of float32, as `dsv4_hal/conformance/judging/account.py` states them, a backend's
+            may be; unused for BITWISE
+    why     one sentence: what may legitimately differ
     """
 
     compare: Compare
     factor: float
     why: str
-    rounded: str = ""
 
 
 # Size classes of cases, each run with those before it. A backend runs those that it can afford.
@@ -82,14 +80,17 @@ class Case:
     """One call to try. `id` is unique and seeds the generator; `run` makes its inputs from the
     generator (on the CPU), calls the op, and returns every result by name, mutated state included.
 
-    size  one of SIZES
-    grad  whether it is a case for the op's gradients as well
+    size        one of SIZES
+    grad        whether it is a case for the op's gradients as well
+    function    what `run` calls, and with which `parameters`: those that the id names
     """
 
     id: str
     run: Callable[[Resolved, torch.Generator], dict[str, Tensor]]
     size: str = "tiny"
     grad: bool = False
+    function: Callable[..., dict[str, Tensor]] | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 Cases = Iterable[Case]

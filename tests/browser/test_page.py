@@ -97,8 +97,8 @@ def results(folder: Path) -> list[saved.OpsRun | saved.ModelRun]:
             agrees = {"verdict": "crash", "message": "exit code 11"}
         outcomes["mychip"].append(Outcome("mychip", **facts, runs_as=kind, **agrees))
     outcomes["mychip"].append(Outcome("mychip", HOSTILE, HOSTILE, "exact", HOSTILE, "error", HOSTILE))
-    day = datetime.date(2026, 11, 25)
-    waivers = (Waiver("hadamard[", "scale", day), Waiver("swiglu[", "was wrong once", day))
+    days = [datetime.date.today() + datetime.timedelta(days) for days in (-4, 30)]
+    waivers = (Waiver("hadamard[", "scale", *days), Waiver("swiglu[", "was wrong once", *days))
     for backend, found in outcomes.items():
         report.write(Run(backend, found, about, waivers if backend == "mychip" else ()), folder / backend)
     rows: list[Any] = [Part("mychip", None, None, "embed")]

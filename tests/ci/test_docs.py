@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from datetime import date
 from pathlib import Path
 from types import ModuleType
 
@@ -76,6 +77,13 @@ def test_a_section_has_the_files_of_those_before_it(docs: ModuleType, tmp_path: 
 def test_what_is_wrong_is_told(docs: ModuleType, tmp_path: Path, change: tuple[str, str], told: str) -> None:
     wrong = docs.walk(docs.sections(DOC.replace(*change))[0], tmp_path)
     assert any(told in line for line in wrong), wrong
+
+
+def test_days_move_with_the_calendar(docs: ModuleType) -> None:
+    text = "date: 2026-11-25\nexpires: 2027-05-25\nof 2026-11-25: 12026-11-25"
+    moved = "date: 2030-01-31\nexpires: 2030-07-31\nof 2030-01-31: 12026-11-25"
+    assert docs.current(text, date(2030, 1, 31)) == moved
+    assert docs.current("no day", date(2030, 1, 31)) == "no day"
 
 
 def test_a_block_that_would_not_be_checked_is_refused(docs: ModuleType) -> None:

@@ -38,7 +38,7 @@ code = next((int(code) for part, code in fails.items() if part in line), 0)
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1]) if "--out" in sys.argv else None
 if verb == "compare":
     out.mkdir(parents=True)
-    verdict = "shapes" if "null" in line else "disagrees" if code else "agrees"
+    verdict = "disagrees" if code else "agrees"
     (out / "results.jsonl").write_text('{"verdict": "' + verdict + '"}\\n')
 elif out is not None and not code:
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -184,12 +184,12 @@ COMPARE = str(TEMPLATES / "compare.sh")
 
 
 def test_compare_sh_agrees(machine: Machine) -> None:
-    done = machine.run("bash", COMPARE, "a folder", "reference", "null", "--", "--size", "tiny", "-o", "linear")
-    assert (done.returncode, done.stdout) == (0, "reference: agrees\nnull: shapes only\n")
+    done = machine.run("bash", COMPARE, "a folder", "reference", "xla", "--", "--size", "tiny", "-o", "linear")
+    assert (done.returncode, done.stdout) == (0, "reference: agrees\nxla: agrees\n")
     for call in machine.calls:
         parses(call)
     assert machine.calls[0][-4:] == ["--size", "tiny", "-o", "linear"]
-    assert machine.calls[-1] == ["report", "a folder/reference", "a folder/null", "--out", "a folder/report.html"]
+    assert machine.calls[-1] == ["report", "a folder/reference", "a folder/xla", "--out", "a folder/report.html"]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,7 @@ def test_compare_sh_agrees(machine: Machine) -> None:
     [
         ("against out/a.b=1", 1, "a: exit code 1\nb: agrees\n", "record compare record compare report"),
         ("against out/b.b=4", 4, "a: agrees\nb: exit code 4\n", "record compare record compare report"),
+        ("against out/a.b=5", 5, "a: nothing was judged\nb: agrees\n", "record compare record compare report"),
         ("record --backend a=3", 3, "a: exit code 3\nb: agrees\n", "record record compare report"),
         ("record=2", 2, "a: exit code 2\nb: exit code 2\n", "record record"),
         ("report=2", 2, "a: agrees\nb: agrees\n", "record compare record compare report"),

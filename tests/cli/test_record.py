@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from dsv4_hal.conformance.workers import container
 
 Tool = Callable[..., Any]
 FEW = ("-o", "swiglu", "-o", "index_topk", "-o", "quantize", "-p", "5", "--mode", "deployed")
+DAYS = "date: {}, expires: {}".format(*(datetime.date.today() + datetime.timedelta(days) for days in (-4, 30)))
 WRONG = """
 import torch
 from dsv4_hal.backends.reference import Reference
@@ -48,7 +51,7 @@ def lines(report: Path) -> list[dict[str, Any]]:
 def test_a_moved_bundle_gives_the_verdicts_of_a_live_run_to_the_bit(tool: Tool, tmp_path: Path, backend: str) -> None:
     (tmp_path / "site packages" / "third_vendor.py").write_text(WRONG)
     (tmp_path / "site packages" / "waivers.yaml").write_text(
-        '- {case: "index_topk[", reason: not yet, date: 2026-11-25, backend: third}\n'
+        f'- {{case: "index_topk[", reason: not yet, {DAYS}, backend: third}}\n'
     )
     live = tool("conform", "--backend", backend, *FEW, "--out", tmp_path / "live")
     made = tool("record", "--backend", backend, *FEW, "--out", tmp_path / "new" / "a.bundle")
@@ -60,9 +63,10 @@ def test_a_moved_bundle_gives_the_verdicts_of_a_live_run_to_the_bit(tool: Tool, 
     told = "not asked: closed forms and golden vectors: a bundle holds the cases of the contract"
     assert (told in done.out) == (backend == "reference")
     assert done.code == live.code
-    assert [line for line in done.out.splitlines() if told not in line] == live.out.splitlines()
+    moved = re.sub(r"; \d+ of \d+ cases recorded|not recorded: .*\n", "", done.out)
+    assert moved != done.out and [line for line in moved.splitlines() if told not in line] == live.out.splitlines()
     assert "recorded with dsv4-hal" in done.err and sys.executable not in done.err
-    assert live.code == (1 if backend == "third" else 0)
+    assert live.code == {"third": 1, "null": 5, "reference": 0}[backend]
 
 
 @pytest.fixture
@@ -124,8 +128,8 @@ def test_bundles_that_cannot_be_judged(tool: Tool, bundle: Path, monkeypatch: py
         patch.setattr("dsv4_hal.conformance.reports.bundle.inputs", lambda: "other")
         assert "drew other inputs there" in refused(bundle)
     with monkeypatch.context() as patch:
-        patch.setattr("dsv4_hal.conformance.workers.container.FORMAT", "4")
-        assert "of format 3; this version reads format 4" in refused(bundle)
+        patch.setattr("dsv4_hal.conformance.workers.container.FORMAT", "5")
+        assert "of format 4; this version reads format 5" in refused(bundle)
     assert tool("compare", "--against", bundle).code == 0
 
 
@@ -160,6 +164,18 @@ def test_a_bundle_that_does_not_hold_together(tool: Tool, bundle: Path) -> None:
     assert "'fast' is no mode" in refused(lambda h, t: h["cases"][0].update(mode="fast"))
     told = refused(lambda h, t: h["cases"][0].update(results=None, verdict="agrees"))
     assert told == f"{name}: it has no results, and 'agrees' does not say why"
+    assert refused(lambda h, t: h["suite"]["missing"].clear()).startswith("suite: it says ")
+    assert refused(lambda h, t: h["profiles"]["deployed"].update(score="float32")) == (
+        "profiles.deployed: mode deployed is not what it is here: score float32, here bfloat16"
+    )
+    assert refused(lambda h, t: h["profiles"]["deployed"].update(kv="e9m9")).startswith(
+        "profiles.deployed: a numeric profile's kv must be fp64, fp32, "
+    )
+    assert refused(lambda h, t: h["profiles"]["deployed"].pop("kv")).startswith(
+        "profiles.deployed: a numeric profile has"
+    )
+    waiver = {"case": "l", "reason": "why", "date": "2026-11-25", "expires": "2026-11-25", "mode": "", "backend": ""}
+    assert refused(lambda h, t: h["waivers"].append(waiver)).startswith("waivers.0: case must be a case id, or begin")
     assert "it has results, and a verdict" in refused(lambda h, t: h["cases"][0].update(verdict="crash"))
     assert refused(result(dtype="float33")) == f"{name}/y: 'float33' is no dtype"
     assert "do not fit shape" in refused(result(strides=[1]))

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from dsv4_hal.batch import Batch
-from dsv4_hal.conformance.judging.compare import Budget, nmse
+from dsv4_hal.conformance.judging.budget import Budget, nmse, of_budget
 from dsv4_hal.conformance.judging.results import Outcome
-from dsv4_hal.conformance.judging.verdict import of_budget
 from dsv4_hal.dispatch import Resolved
 from dsv4_hal.formats import FORMATS, QTensor, Weight, quantize
 from dsv4_hal.ops import KV

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dsv4_hal.backend import described
 from dsv4_hal.batch import Batch
-from dsv4_hal.conformance.judging.compare import derive, nmse
+from dsv4_hal.conformance.judging.budget import derive, nmse, of_budget
+from dsv4_hal.conformance.judging.compare import widen
 from dsv4_hal.conformance.judging.results import Outcome
-from dsv4_hal.conformance.judging.verdict import of_budget
 from dsv4_hal.conformance.models.drift import FACTOR, raised
 from dsv4_hal.conformance.models.run import load
 from dsv4_hal.model.step import Step
@@ -83,7 +83,8 @@ def _about(name: str, mode: str) -> Outcome:
 
 def _compared(directory: Path, mode: str, names: Sequence[str]) -> Iterator[Outcome]:
     tokens = load_file(directory / FILES["deployed"])["tokens"]
-    narrow, wide = (load(str(directory), FALLBACK, mode, wide) for wide in (False, True))
+    numerics = numerics_for(mode)
+    narrow, wide = (load(str(directory), FALLBACK, n) for n in (numerics, widen(numerics)))
     compare = _logits if mode == "exact" else _blocks
     return compare(names, load_file(directory / FILES[mode]), tokens, narrow, wide)
 

@@ -10,7 +10,7 @@ from dsv4_hal.conformance.answers import closed_forms, golden
 from dsv4_hal.conformance.judging.results import Outcome
 from dsv4_hal.conformance.judging.verdict import oracles
 from dsv4_hal.conformance.oracles import transformers as transformers_oracle
-from dsv4_hal.numerics import MODES
+from dsv4_hal.numerics import MODES, exact
 from dsv4_hal.ops import OPS
 
 LIVE = (f"closed forms and {golden.NAME}: a bundle holds the cases of the contract, and these are asked of a live run",)
@@ -37,7 +37,7 @@ class Answers:
     def outcomes(self) -> Iterator[Outcome]:
         """What comes of them."""
         for form in self.forms:
-            yield closed_forms.outcome(form, oracles("exact")[0])
+            yield closed_forms.outcome(form, oracles(exact())[0])
         yield from golden.outcomes(self.folder, self.vectors)
 
 

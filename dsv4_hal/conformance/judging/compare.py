@@ -1,19 +1,4 @@
-"""Comparing the results of a case: dtype, shape, device and strides first, then values.
-
-How far results may differ is derived, not chosen. Two correct backends differ for two reasons.
-1. Between rounding points they add in another order and take other exponentials. How much that is, is measured: `e`,
-   the error of the reference in its profile against the same profile with float64 between its rounding points. Another
-   order errs otherwise, and may err more: factor x e, with a factor of 8 for most ops. The reference adds on a CPU in
-   16 chains or more, the lanes of its vectors; a chain of K additions errs as sqrt(K), so that a device that adds in
-   one chain errs 4 times as much. And the largest of a few errors may be twice what it is in another draw. (Seen on a
-   GPU: 6.5 e in products of 256 columns in float32, 9.2 e where 7,168 were added in one chain, 7.2 e in the logarithm
-   of attention.)
-2. Such a difference, however small, now and then carries a value over the edge of a rounding, and the result is then
-   one unit in the last place away. Few elements may show none of this while e is measured, so there is a floor:
-   one unit for the largest error, and for the mean that of one unit in every 64th element, or in one element if there
-   are fewer. A forgotten rounding moves about every fifth element by one unit, and so stays above it.
-   Rows of a cache are rounded to a format of few bits at last; its unit is the floor of their largest error.
-"""
+"""Comparing the results of a case: dtype, shape, device and strides first, then values, as `Expected` says."""
 
 from __future__ import annotations
 
@@ -26,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dsv4_hal.formats import Format
+from dsv4_hal.conformance.judging.expected import Expected, largest, outside, rows
 from dsv4_hal.numerics import Numerics
 from dsv4_hal.ops.spec import Case, Compare, Tolerance
 
@@ -35,25 +20,19 @@ if TYPE_CHECKING:
 
 Results = Mapping[str, Tensor]
 
-UNIT = {"e4m3": 1 / 8, "e2m1": 1 / 3, "int8": 1 / 127, "int4": 1 / 7}  # largest step over the largest value of a block
-FLIPPED = 1 / 64  # share of elements that may be off by one unit
-
-
-@dataclass(frozen=True)
-class Budget:
-    """rms: root of the mean square error over the mean square. largest: largest error over largest value."""
-
-    rms: float
-    largest: float
-
 
 @dataclass(frozen=True)
 class Comparison:
-    """Whether a result agrees, by how much, and what is wrong if not."""
+    """Whether a result agrees, by how much, and what is wrong if not.
+
+    of_budget  the worst error as a multiple of what is allowed; inf where an exact check fails, None where nothing is
+               measured
+    """
 
     ok: bool
     metrics: dict[str, float]
     message: str = ""
+    of_budget: float | None = None
 
 
 def run_case(case: Case, ops: Resolved) -> dict[str, Tensor]:
@@ -74,88 +53,43 @@ def widen(numerics: Numerics) -> Numerics:
     return replace(numerics, **wide)
 
 
-def budget(case: Case, tolerance: Tolerance, reference32: Resolved, reference64: Resolved) -> dict[str, Budget]:
-    """How far each floating result of a case may be from the reference; see the head of this file.
-
-    reference32  the reference in the profile that is compared
-    reference64  the reference in the widened profile
-    """
-    if tolerance.compare is Compare.BITWISE:
-        return {}
-    return budgets(run_case(case, reference32), run_case(case, reference64), tolerance, reference32.numerics)
-
-
-def budgets(narrow: Results, wide: Results, tolerance: Tolerance, numerics: Numerics) -> dict[str, Budget]:
-    """The same, from the results of the two."""
-    rounded = getattr(numerics, tolerance.rounded) if tolerance.rounded else None
-    return {
-        name: derive(narrow[name], wide[name], tolerance.factor, row_format(name, numerics), rounded)
-        for name in narrow
-        if narrow[name].is_floating_point()
-    }
-
-
-def derive(
-    narrow: Tensor, wide: Tensor, factor: float, rows: Format | None = None, rounded: torch.dtype | None = None
-) -> Budget:
-    """The budget of a result: see the head of this file.
-
-    narrow, wide  the reference's result in its profile, and in the widened one
-    rows          what its rows were rounded to at last, where they are rows of a cache
-    rounded       dtype of its last rounding, where its own is finer
-    """
-    measured = measure(narrow, wide)
-    if not math.isfinite(measured["nmse"]):
-        raise ValueError("the reference disagrees with itself in float64: no tolerance can be derived")
-    finite = wide.double()[wide.isfinite()]
-    norm = float(finite.norm())
-    # What one element, the largest, contributes to the mean.
-    alone = float(finite.abs().max()) / norm if norm else 0.0
-    eps = torch.finfo(rounded or narrow.dtype).eps
-    unit = eps if rows is None else max(eps, UNIT[rows.element])
-    return Budget(
-        max(factor * math.sqrt(measured["nmse"]), eps * math.sqrt(FLIPPED), unit * alone),
-        max(factor * measured["max_rel"], unit),
-    )
-
-
-def row_format(name: str, numerics: Numerics) -> Format | None:
-    """Format that the rows of a result were rounded to, by its name."""
-    return {"kv": numerics.kv, "index": numerics.index}.get(name.split("_")[0])
-
-
-def compare(
-    got: Results, want: Results, tolerance: Tolerance, budgets: Mapping[str, Budget], device: str = "cpu"
-) -> dict[str, Comparison]:
+def compare(got: Results, expected: Expected, tolerance: Tolerance, device: str = "cpu") -> dict[str, Comparison]:
     """Every result of a case by the comparer that its op and its name ask for (names: `dsv4_hal.ops.cases`).
 
     device  the device type that the results `got` must lie on
     """
+    want = expected.results
     if got.keys() != want.keys():
-        return {"results": Comparison(False, {}, f"results are {sorted(got)}, expected {sorted(want)}")}
-    return {name: _compare(name, got, want, tolerance, budgets, device) for name in want}
+        return {"results": _exactly_wrong(f"results are {sorted(got)}, expected {sorted(want)}")}
+    return {name: _compare(name, got, expected, tolerance, device) for name in want}
 
 
-def _compare(
-    name: str, got: Results, want: Results, tolerance: Tolerance, budgets: Mapping[str, Budget], device: str
-) -> Comparison:
-    a, b = got[name], want[name]
+def _compare(name: str, got: Results, expected: Expected, tolerance: Tolerance, device: str) -> Comparison:
+    a, b = got[name], expected.results[name]
     if name == "counts":
         return statistical(a, b, tolerance.factor, device)
     if name == "picks":
-        scores = want["candidates"]
-        largest = scores[scores.isfinite()].abs().max() if scores.isfinite().any() else torch.zeros(())
-        # Both of two scores that change places may be off.
-        return selection(a, b, scores, 2 * budgets["candidates"].largest * float(largest), device)
-    if tolerance.compare is Compare.BITWISE or not b.is_floating_point():
+        return selection(a, b, expected.exactly["candidates"], _margin(expected), device)
+    if tolerance.compare is Compare.BITWISE or not b.is_floating_point() or name.startswith("exact_"):
         return bitwise(a, b, device)
-    if "picks" in want and name != "candidates" and a.shape == b.shape == got["picks"].shape:
-        same = (got["picks"].cpu() == want["picks"].cpu()).all(-1)  # a score goes with its pick: compare like with like
-        a, b = a[same.to(a.device)], b[same.to(b.device)]
-    return nmse(a, b, budgets[name], device)
+    among = None
+    if "picks" in expected.results and name != "candidates" and a.shape == b.shape == got["picks"].shape:
+        among = (got["picks"].cpu() == expected.results["picks"]).all(-1)  # a score goes with its pick
+    return close(name, a, expected, device, among)
 
 
-def _structure(got: Tensor, want: Tensor, device: str | None = None) -> str:
+def _margin(expected: Expected) -> Tensor:
+    """[T, 1] how far the scores of two that change places may be apart: both may be off."""
+    name = "candidates"
+    flips = expected.flips[name].size if name in expected.flips else 0.0
+    return 2 * (expected.slack[name] + flips * largest(rows(expected.exactly[name])))
+
+
+def _exactly_wrong(message: str, metrics: dict[str, float] | None = None) -> Comparison:
+    return Comparison(False, metrics or {}, message, math.inf)
+
+
+def structure(got: Tensor, want: Tensor, device: str | None = None) -> str:
     """What is wrong before values are looked at; "" if nothing."""
     if got.dtype != want.dtype:
         return f"dtype {got.dtype}, expected {want.dtype}"
@@ -170,8 +104,8 @@ def _structure(got: Tensor, want: Tensor, device: str | None = None) -> str:
 
 def bitwise(got: Tensor, want: Tensor, device: str | None = None) -> Comparison:
     """Every bit equal: NaN only equals the same NaN, and -0 is not 0."""
-    if wrong := _structure(got, want, device):
-        return Comparison(False, {}, wrong)
+    if wrong := structure(got, want, device):
+        return _exactly_wrong(wrong)
     if not got.numel():
         return Comparison(True, {"differing": 0.0})
     a, b = (t.cpu().contiguous().reshape(-1).view(torch.uint8).view(t.numel(), t.itemsize) for t in (got, want))
@@ -181,25 +115,59 @@ def bitwise(got: Tensor, want: Tensor, device: str | None = None) -> Comparison:
         return Comparison(True, {"differing": 0.0})
     first = int(differs.nonzero()[0])
     values = f"{got.cpu().reshape(-1)[first].item()}, expected {want.cpu().reshape(-1)[first].item()}"
-    message = f"{differing} of {len(a)} elements differ, the first at {first}: {values}"
-    return Comparison(False, {"differing": differing / len(a)}, message)
+    message = f"{differing} of {len(a)} elements differ, the first at {index(first, got)}: {values}"
+    return _exactly_wrong(message, {"differing": differing / len(a)})
 
 
-def nmse(got: Tensor, want: Tensor, budget: Budget, device: str | None = None) -> Comparison:
-    """Mean square error over mean square, and largest error over largest value, within the budget."""
-    if wrong := _structure(got, want, device):
-        return Comparison(False, {}, wrong)
-    metrics, over = measure(got, want), []
-    if math.isinf(metrics["nmse"]) and (wrong := _misplaced(got, want)):
-        return Comparison(False, metrics, wrong)
-    if not metrics["nmse"] <= budget.rms**2:
-        over.append(f"nmse {metrics['nmse']:.3g} over {budget.rms**2:.3g}")
-    if not metrics["max_rel"] <= budget.largest:
-        over.append(f"largest error {metrics['max_rel']:.3g} of the largest value, over {budget.largest:.3g}")
-    return Comparison(not over, metrics, "; ".join(over))
+def index(flat: int, t: Tensor) -> str:
+    """Where the element with a number in order lies, as one writes it."""
+    return "[" + ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(flat), t.shape)) + "]"
 
 
-def _misplaced(got: Tensor, want: Tensor) -> str:
+def close(
+    name: str, got: Tensor, expected: Expected, device: str | None = None, among: Tensor | None = None
+) -> Comparison:
+    """Every element is the rounding of a number within its row's slack, but for as many as a rounding may flip.
+
+    among  [T] which of the first axis are compared; None: all
+    """
+    want = expected.results[name]
+    if wrong := structure(got, want, device):
+        return _exactly_wrong(wrong)
+    got = got.detach().cpu()
+    metrics = measure(got, want)
+    if math.isinf(metrics["nmse"]) and (wrong := misplaced(got, want)):
+        return _exactly_wrong(wrong, metrics)
+    a, exactly, slack = rows(got), rows(expected.exactly[name]), expected.slack[name]
+    if not a.numel():
+        return Comparison(True, metrics, "", 0.0)
+    beyond = outside(a, exactly, slack)
+    off = (a.double() - exactly).abs().nan_to_num(0, 0, 0)
+    unavoidable = (rows(want).double() - exactly).abs().nan_to_num(0, 0, 0)  # the last rounding itself
+    shares = ((off - unavoidable).clamp(min=0) / slack).nan_to_num(0, math.inf, 0)
+    if among is not None:
+        kept = among.repeat_interleave(len(a) // max(1, len(among)))[:, None]
+        beyond, shares = beyond & kept, shares.where(kept, 0)
+    count, within = int(beyond.sum()), float(shares.masked_fill(beyond, 0).max())
+    if not count:
+        return Comparison(True, metrics, "", min(1.0, within))
+    flips = expected.flips.get(name)
+    if flips is None or not flips.count:
+        worst = int(shares.masked_fill(~beyond, -1).argmax())
+        told, of_budget = f"{float(shares.flatten()[worst]):.3g} times the slack", float(shares.flatten()[worst])
+    else:
+        size = (off / largest(exactly)).nan_to_num(0, 0, 0).masked_fill(~beyond, 0)
+        worst = int(size.argmax())
+        of_budget = max(count / flips.count, float(size.max()) / flips.size)
+        told = f"{flips.count} may be, by {flips.size:.2g} of the row's largest value"
+    value, right = a.flatten()[worst].item(), rows(want).flatten()[worst].item()
+    where = f"the worst at {index(worst, got)}: {value:.8g}, expected {right:.8g}"
+    message = f"{count} of {got.numel()} elements are beyond the slack, {where} ({told})"
+    ok = flips is not None and bool(flips.count) and of_budget <= 1
+    return Comparison(ok, metrics, "" if ok else message, of_budget if ok else max(of_budget, 1.01))
+
+
+def misplaced(got: Tensor, want: Tensor) -> str:
     """What is wrong with infinities and NaN, of which no error can be measured; "" if they stand where they should."""
     a, b = got.cpu().double().flatten(), want.cpu().double().flatten()
     wrong = ~(a.isfinite() & b.isfinite()) & ~_alike(a, b)
@@ -208,7 +176,7 @@ def _misplaced(got: Tensor, want: Tensor) -> str:
     first = int(wrong.nonzero()[0])
     return (
         f"{count} of {len(a)} elements are NaN or infinite where the reference is not, or the reverse, "
-        f"the first at {first}: {a[first].item():.6g}, expected {b[first].item():.6g}"
+        f"the first at {index(first, got)}: {a[first].item():.6g}, expected {b[first].item():.6g}"
     )
 
 
@@ -241,14 +209,14 @@ def _ratio(error: float, size: float) -> float:
     return error / size if size else (math.inf if error else 0.0)
 
 
-def selection(got: Tensor, want: Tensor, candidates: Tensor, margin: float, device: str | None = None) -> Comparison:
+def selection(got: Tensor, want: Tensor, candidates: Tensor, margin: Tensor, device: str | None = None) -> Comparison:
     """Picks [T, k] among scores `candidates` [T, N] (-inf: not visible), the reference's.
 
     Picks are distinct and visible, best first, as many as are visible, then -1. Everything better than the worst of
-    `want` by more than `margin` is picked, and nothing that is worse by more.
+    `want` by more than `margin` [T, 1] is picked, and nothing that is worse by more.
     """
-    if wrong := _structure(got, want, device):
-        return Comparison(False, {}, wrong)
+    if wrong := structure(got, want, device):
+        return _exactly_wrong(wrong)
     got, want, scores = got.cpu(), want.cpu(), candidates.cpu().double()
     count, filled = scores.shape[1], want >= 0
     problems = {
@@ -268,26 +236,29 @@ def selection(got: Tensor, want: Tensor, candidates: Tensor, margin: float, devi
         "a better one is missing": ((scores > worst + margin) & (times[:, :count] == 0)).any(-1),
         "not best first": (score[:, 1:] > score[:, :-1] + margin).any(-1),
     }
-    metrics = {"rows_equal": float((got == want).all(-1).double().mean()) if len(got) else 1.0, "margin": margin}
+    metrics = {
+        "rows_equal": float((got == want).all(-1).double().mean()) if len(got) else 1.0,
+        "margin": float(margin.max()) if len(margin) else 0.0,
+    }
     found = [
         f"{what} in {int(rows.sum())} rows, first {int(rows.nonzero()[0])}"
         for what, rows in problems.items()
         if rows.any()
     ]
-    return Comparison(not found, metrics, "; ".join(found))
+    return Comparison(not found, metrics, "; ".join(found), math.inf if found else None)
 
 
 def statistical(got: Tensor, want: Tensor, sigmas: float, device: str | None = None) -> Comparison:
     """Counts of equally many draws: no frequency differs by more than `sigmas` standard deviations."""
-    if wrong := _structure(got, want, device):
-        return Comparison(False, {}, wrong)
+    if wrong := structure(got, want, device):
+        return _exactly_wrong(wrong)
     a, b = got.cpu().double(), want.cpu().double()
     draws = float(b.sum())
     if float(a.sum()) != draws or draws == 0 or (a < 0).any():
-        return Comparison(False, {}, f"{float(a.sum()):g} draws, expected {draws:g}")
+        return _exactly_wrong(f"{float(a.sum()):g} draws, expected {draws:g}")
     share = (a + b) / (2 * draws)
     deviation = (2 * share * (1 - share) / draws).sqrt()
     distance = torch.where(a == b, 0.0, (a - b).abs() / draws / deviation)
     worst = float(distance.max())
     message = f"token {int(distance.argmax())} is {worst:.1f} standard deviations off" if not worst <= sigmas else ""
-    return Comparison(not message, {"sigmas": worst}, message)
+    return Comparison(not message, {"sigmas": worst}, message, math.inf if message else None)

@@ -1,31 +1,31 @@
-"""Cases that nobody thought of: drawn by hypothesis from the parameters of the functions that run an op's cases.
+"""Cases that nobody listed: drawn by hypothesis from the domains that the listed cases cover pairwise.
 
 A drawn case has an id like any other, which says all of it: it can be pasted and run again. One that fails is shrunk to
-the smallest that still fails, and that one is what is reported. Draws depend on the seed, the op and the version of
-hypothesis alone. What the contract refuses, or what cannot be made at all, is no case and is drawn again.
+the smallest that still fails, that one is what is reported, and drawing goes on. Draws depend on the seed, the op and
+the version of hypothesis alone. Beside the values of a domain, steps and numbers of tokens are drawn that it does not
+name. What the contract refuses, or what cannot be made at all, is no case and is drawn again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsv4_hal.conformance.judging.named import functions, listed, named, try_out
-from dsv4_hal.conformance.judging.results import Job, Outcome
+from dsv4_hal.conformance.judging.results import Job, Outcome, up_to
 from dsv4_hal.conformance.judging.verdict import judge
 from dsv4_hal.conformance.judging.worker import LIMIT, Worker
 from dsv4_hal.ops import SIZES
-from dsv4_hal.ops.cases.inputs import case
+from dsv4_hal.ops.cases.domains import DOMAINS, Domain
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-PATIENCE = 60.0  # seconds that shrinking the failure of one op may take
-FEW = 8  # tokens of a step for a backend that affords no more
+PATIENCE = 60.0  # seconds that shrinking one failure may take
+FAILURES = 3  # of one op, after which its drawing ends
+FEW, MANY = 8, 140  # tokens of a step: of the smaller size classes, and of the others
 
 
 class Disagreement(Exception):
@@ -35,26 +35,52 @@ class Disagreement(Exception):
 def generate(
     worker: Worker, ops: Sequence[str], count: int, modes: Sequence[str], size: str, seed: int = 0, limit: float = LIMIT
 ) -> Iterator[list[Outcome]]:
-    """Op by op, outcomes of `count` drawn cases, or fewer where there are no more: those that agree, up to a failure,
-    and the smallest case that fails. What shrinking tries is not counted.
+    """Op by op, outcomes of `count` drawn cases, or fewer where there are no more: those that agree, and the smallest
+    cases that fail, at most FAILURES. What shrinking tries is not counted.
 
-    size  with the bounds of the smaller size classes where it is one of them
+    size  the largest size class of a case
     ImportError where hypothesis is not installed.
     """
-    most = FEW if size in SIZES[:2] else 140
     for op in ops:
-        yield _outcomes(worker, op, count, modes, most, zlib.crc32(f"{op} {seed}".encode()), limit)
+        yield _outcomes(worker, op, count, modes, size, zlib.crc32(f"{op} {seed}".encode()), limit)
 
 
 def _outcomes(
-    worker: Worker, op: str, count: int, modes: Sequence[str], most: int, seed: int, limit: float
+    worker: Worker, op: str, count: int, modes: Sequence[str], size: str, seed: int, limit: float
 ) -> list[Outcome]:
+    known: dict[str, list[Outcome]] = {}  # id -> its outcomes, of every case that was drawn
+    found: list[Outcome] = []
+    for attempt in range(FAILURES):
+        agreed, failed = _until_failure(worker, op, count - len(known), modes, size, seed + attempt, limit, known)
+        found += agreed + failed
+        if not failed or len(known) >= count:
+            break
+    return found
+
+
+def _until_failure(
+    worker: Worker,
+    op: str,
+    count: int,
+    modes: Sequence[str],
+    size: str,
+    seed: int,
+    limit: float,
+    before: dict[str, list[Outcome]],
+) -> tuple[list[Outcome], list[Outcome]]:
+    """Outcomes that agree, and those of the smallest case that fails. Cases in `before` are passed over; those that are
+    drawn here are added to it."""
     import hypothesis
 
-    known: dict[str, list[Outcome]] = {}
-    agreed: list[Outcome] = []  # before there was a failure
-    failed: list[Outcome] = []  # of the smallest case that failed so far
-    until = [float("inf")]
+    tried: dict[str, list[Outcome]] = {}
+    agreed, failed = list[Outcome](), list[Outcome]()
+    until = float("inf")
+
+    def judged(id: str) -> list[Outcome]:
+        if id not in tried:
+            work = [Job(op, id, mode) for mode in modes]
+            tried[id] = [_judged(worker, job, limit) for job in work]
+        return tried[id]
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -66,47 +92,71 @@ def _outcomes(
         phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
         verbosity=hypothesis.Verbosity.quiet,
     )
-    @hypothesis.given(ids(op, most))
+    @hypothesis.given(ids(op, size))
     def run(id: str) -> None:
-        if id not in known:
-            if time.monotonic() > until[0]:
-                return  # out of patience: what is not known to fail passes, and shrinking comes to an end
-            work = [Job(op, id, mode) for mode in modes]
-            known[id] = [judge(worker.backend, job, worker.produce(job, limit)) for job in work]
-            if not failed and all(outcome.ok for outcome in known[id]):
-                agreed.extend(known[id])
-        wrong = [outcome for outcome in known[id] if not outcome.ok]
-        if wrong:
-            until[0] = min(until[0], time.monotonic() + PATIENCE)
-            failed[:] = wrong
-            raise Disagreement
+        nonlocal until
+        if id in before or (id not in tried and time.monotonic() > until):
+            return  # out of patience: what is not known to fail passes, and shrinking comes to an end
+        new = id not in tried
+        outcomes = judged(id)
+        wrong = [outcome for outcome in outcomes if not outcome.ok]
+        if not wrong:
+            if new and not failed:
+                agreed.extend(outcomes)
+            return
+        until = min(until, time.monotonic() + PATIENCE)
+        failed[:] = wrong
+        raise Disagreement
 
-    with contextlib.suppress(Disagreement):
+    try:
         run()
-    return agreed + failed
+    except Disagreement:
+        before |= {outcome.case: [outcome] for outcome in failed}
+    before |= {outcome.case: [outcome] for outcome in agreed}
+    return agreed, failed
 
 
-def ids(op: str, most: int) -> SearchStrategy[str]:
-    """Ids of cases of an op, of steps of at most `most` tokens."""
+def _judged(worker: Worker, job: Job, limit: float) -> Outcome:
+    return judge(worker.backend, job, worker.produce(job, limit), worker.about.numerics(job.mode))
+
+
+def ids(op: str, size: str) -> SearchStrategy[str]:
+    """Ids of cases of an op, up to a size class."""
     from hypothesis import strategies as st
 
-    return st.one_of([_ids(op, run, parameters, most) for run, parameters in functions(op).items()]).filter(_possible)
+    domains = DOMAINS.get(op) or list(_of_listed(op))
+    return st.one_of([_ids(domain, size) for domain in domains]).filter(_possible)
 
 
-def _ids(op: str, run: Callable[..., Any], parameters: dict[str, inspect.Parameter], most: int) -> SearchStrategy[str]:
-    """Ids of one of the functions that run an op's cases."""
+def _of_listed(op: str) -> Iterator[Domain]:
+    """What the listed cases of an op have that declares no domain: every value of each parameter, with any other."""
+    for run, parameters in functions(op).items():
+        seen = [one.parameters for one in listed(op).values() if one.function is run]
+        values: dict[str, Sequence[Any]] = {}
+        for name, parameter in parameters.items():
+            plain = [] if parameter.default is parameter.empty else [parameter.default]
+            values[name] = list(dict.fromkeys([*plain, *(one[name] for one in seen if name in one)]))
+        yield Domain(op, run, values, declared=False)
+
+
+def _ids(domain: Domain, size: str) -> SearchStrategy[str]:
+    """Ids of cases of a domain."""
     from hypothesis import strategies as st
 
-    seen = [one.run.keywords for one in listed(op).values() if one.run.func is run]  # type: ignore[attr-defined]
-    draw = {name: _values(name, p, [k[name] for k in seen if name in k], most) for name, p in parameters.items()}
-    required = {name: values for name, values in draw.items() if parameters[name].default is inspect.Parameter.empty}
-    optional = {name: values for name, values in draw.items() if name not in required}
+    most = FEW if size in SIZES[:2] else MANY
+    drawn: dict[str, SearchStrategy[Any]] = {n: st.sampled_from(list(v)) for n, v in domain.values.items()}
+    if "ragged" in drawn:
+        drawn["ragged"] |= ragged(most)
+    if "tokens" in drawn:
+        drawn["tokens"] |= lengths(most)
 
-    def id(values: dict[str, Any]) -> str:
-        told = {name: values[name] for name, p in parameters.items() if name in values and values[name] != p.default}
-        return case(op, run, **told).id
+    def fits(parameters: Mapping[str, Any]) -> bool:
+        try:
+            return domain.legal(parameters) and domain.size(parameters) in up_to(size)
+        except ValueError:  # a step that cannot be
+            return False
 
-    return st.fixed_dictionaries(required, optional=optional).map(id)
+    return st.fixed_dictionaries(drawn).filter(fits).map(lambda parameters: domain.case(parameters).id)
 
 
 def _possible(id: str) -> bool:
@@ -117,47 +167,6 @@ def _possible(id: str) -> bool:
     return True
 
 
-def _values(name: str, parameter: inspect.Parameter, listed: Sequence[Any], most: int) -> SearchStrategy[Any]:
-    """Values of a parameter: by its name; else those of the listed cases."""
-    from hypothesis import strategies as st
-
-    numbers = {
-        "tokens": lengths(most),
-        "columns": widths(),
-        "inputs": widths(),
-        "outputs": widths(),
-        "heads": st.integers(0, 4),
-        "groups": st.integers(1, 4),
-        "streams": st.integers(1, 4),
-        "iters": st.integers(1, 20),
-        "experts": st.integers(1, 8),
-        "k": st.integers(1, 40),
-        "vocabulary": st.integers(1, 200),
-        "channels": st.integers(1, 32).map(lambda half: 2 * half),
-        "window": st.integers(1, 9) | st.sampled_from([16, 31, 127, 128, 129]),
-        "first": lengths(most),
-        "rollback": st.integers(0, 5),
-        "position": st.integers(0, 1 << 20),
-        "slot": st.integers(0, 1),
-        "source": st.integers(0, 2),
-        "target": st.integers(0, 2),
-        "top_p": st.integers(0, 99).map(lambda n: (n + 0.5) / 100),  # between sums of probabilities, never on one
-    }
-    if name == "ragged":
-        return ragged(most)
-    if name == "rows":
-        each = st.lists(lengths(9), min_size=1, max_size=6)
-        return each.map(lambda rows: ".".join(map(str, rows))) if parameter.annotation == "str" else lengths(most)
-    if name == "width":
-        return st.sampled_from([1, 2, 32, 33, 64, 96, 100, 128, 256, 500, 512])
-    if name in numbers and parameter.annotation == "int":
-        return numbers[name]
-    if name == "top_p":
-        return numbers[name]
-    default = [] if parameter.default is inspect.Parameter.empty else [parameter.default]
-    return st.sampled_from(list(dict.fromkeys([*default, *listed])))
-
-
 def lengths(most: int) -> SearchStrategy[int]:
     """Small ones, and those around the edges of blocks and chunks."""
     from hypothesis import strategies as st
@@ -165,13 +174,6 @@ def lengths(most: int) -> SearchStrategy[int]:
     edges = [n + by for n in (16, 32, 64, 128) for by in (-1, 0, 1) if n + by <= most]
     small = st.integers(0, min(most, 9))
     return small | st.sampled_from(edges) if edges else small
-
-
-def widths() -> SearchStrategy[int]:
-    """Rows and columns, with blocks of 32, 64 and 128 that are whole, or have a ragged edge."""
-    from hypothesis import strategies as st
-
-    return st.sampled_from([32, 64, 128, 256, 2, 30, 34, 62, 66, 100, 126, 130, 160, 258])
 
 
 def ragged(most: int) -> SearchStrategy[str]:

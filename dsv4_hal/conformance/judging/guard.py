@@ -365,8 +365,7 @@ def bits(t: Tensor | Array) -> bytes:
 
 def _around(out: Tensor) -> bytes:
     """The bytes of `out`'s storage that are not its own, gaps between its elements included."""
-    whole = torch.empty(0, dtype=torch.uint8, device=out.device).set_(out.untyped_storage())
-    items = whole[: len(whole) // out.itemsize * out.itemsize].view(-1, out.itemsize)
-    others = torch.ones(len(items), dtype=torch.bool, device=out.device)
-    others.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(False)
-    return bits(items[others])
+    whole = torch.empty(0, dtype=torch.uint8, device=out.device).set_(out.untyped_storage()).clone()
+    own = torch.empty(0, dtype=out.dtype, device=out.device).set_(whole.untyped_storage())
+    own.as_strided(out.shape, out.stride(), out.storage_offset()).zero_()
+    return bits(whole)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any, cast
 
 from dsv4_hal.conformance.judging.compare import run_case
@@ -67,8 +67,9 @@ def listed(op: str) -> dict[str, Case]:
 @cache
 def functions(op: str) -> dict[Callable[..., Any], dict[str, inspect.Parameter]]:
     """The functions that run an op's cases, and what they take beside ops and generator."""
-    runs = dict.fromkeys(cast(partial[Any], case.run).func for case in OPS[op].cases())
-    return {run: dict(list(inspect.signature(run).parameters.items())[2:]) for run in runs}
+    runs = dict.fromkeys(cast(Callable[..., Any], case.function) for case in OPS[op].cases())
+    strides = inspect.Parameter("strides", inspect.Parameter.KEYWORD_ONLY, default="", annotation="str")
+    return {run: {p.name: p for p in [*list(inspect.signature(run).parameters.values())[2:], strides]} for run in runs}
 
 
 def _value(name: str, text: str, annotation: str) -> Any:

@@ -104,19 +104,20 @@ def rehearsed(ops: Resolved, op: str, guard: Guard, rounds: set[str], turns: int
 
 @contextmanager
 def repeated(ops: Resolved, op: str, first: int, calls: int) -> Iterator[None]:
-    """While this lasts, every call of `op` is made so often; they are numbered from `first`. Unsteady as above."""
+    """While this lasts, every call of `op` is made so often, with threads beside it; Unsteady where they are not the
+    same. The calls are numbered from `first`."""
     number = count(first)
 
     def call(run: Run, given: Arguments) -> Any:
         next(number)
         return _repeated(op, run, given, ops.device, lambda _: (next(number) for _ in range(calls - 1)))
 
-    with intercepted(ops, op, call):
+    with _beside(ops.device), intercepted(ops, op, call):
         yield
 
 
 @contextmanager
-def beside(device: torch.device) -> Iterator[None]:
+def _beside(device: torch.device) -> Iterator[None]:
     """While this lasts, other threads compute, and allocate and free memory on which they have left NaN."""
     over = threading.Event()
 

@@ -7,17 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from dsv4_hal.conformance.workers.text import counted
 from dsv4_hal.conformance.workers.transport import Packed
 from dsv4_hal.environment import Environment
 from dsv4_hal.numerics import MODES, Numerics, numerics_for
 from dsv4_hal.ops import OPS, SIZES
+from dsv4_hal.registry import FALLBACK
 
 GRAD = "exact.grad"  # gradients, in the numeric profile of mode exact
 DEFAULT_SIZE = "quick"
 PASSED = ("agrees", "shapes")  # verdicts that are no failure; "shapes": no values to compare, and no agreement claimed
 LOST = ("error", "timeout", "crash")  # verdicts without a result
-VERDICTS = (*PASSED, "disagrees", "misconduct", *LOST)
+FAILED = ("disagrees", "misconduct", *LOST)
+VERDICTS = (*PASSED, *FAILED)
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Outcome:
     metrics    result -> numbers of its comparison; "y by transformers 5.23.0": with a further oracle
     size       size class of the case, of `dsv4_hal.ops.SIZES`
     against    what it was compared with: the reference; of the reference itself, every oracle
+    refused    why the backend's own code for the op did not run: it refused the case, or has none
+    trace      where the backend raised, as Python tells it
     """
 
     backend: str
@@ -46,10 +52,18 @@ class Outcome:
     seconds: float = 0.0
     size: str = "tiny"
     against: tuple[str, ...] = ()
+    refused: str = ""
+    trace: str = ""
 
     @property
     def ok(self) -> bool:
         return self.verdict in PASSED
+
+    @property
+    def judged(self) -> bool:
+        """Whether something was found out about the backend: not where only shapes were looked at, nor where the
+        reference ran in its place."""
+        return self.verdict != "shapes" and not (self.refused and self.runs_as == FALLBACK)
 
     @property
     def id(self) -> str:
@@ -86,14 +100,30 @@ class About:
     profiles     numeric profile of each mode
     environment  versions, machine and devices where it runs
     affords      the largest size class that it gets through
-    refused      op -> why its own code is not used: the backend's `supports` refused it, or failed
+    remarks      what is odd about its class, see `remarks.py`
     """
 
     waivers: str
     profiles: Mapping[str, Mapping[str, Any]]
     environment: Environment
     affords: str = SIZES[-1]
-    refused: Mapping[str, str] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
+
+    def numerics(self, mode: str) -> Numerics:
+        """The numeric profile of a mode, out of what was told. ValueError if it is none."""
+        return Numerics.from_dict(self.profiles[mode])
+
+
+_ABOUT = TypeAdapter(About)
+
+
+def about_of(plain: Mapping[str, object]) -> About:
+    """What a backend says of itself, as data. ValueError where it is not of the right kinds."""
+    try:
+        return _ABOUT.validate_python(plain)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 @dataclass(frozen=True)
@@ -132,6 +162,26 @@ class Extent:
 WHOLE = Extent()  # nothing is left out
 
 
+@dataclass(frozen=True)
+class Suite:
+    """What a recording is measured by: how many cases there are, in both modes or in others that it chose, and up to
+    the largest size class that it has; which of them it does not have, as `Job.id`."""
+
+    cases: int
+    missing: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        return f"{self.cases - len(self.missing)} of {counted(self.cases, 'case')} recorded"
+
+
+def suite(made: Iterable[Job], extent: Extent) -> Suite:
+    """What there is beside the jobs that were made."""
+    made = list(made)
+    have, chosen = {job.id for job in made}, modes(made)
+    every = jobs(modes=MODES if set(chosen) <= set(MODES) else chosen, size=extent.classes[-1])
+    return Suite(len(every), tuple(job.id for job in every if job.id not in have))
+
+
 def up_to(size: str) -> tuple[str, ...]:
     """Size classes up to one of them."""
     return SIZES[: SIZES.index(size) + 1]
@@ -166,8 +216,9 @@ def profile(mode: str) -> Numerics:
 class Produced:
     """What a backend made of a case, not yet judged.
 
-    device   device type the backend computes on
-    results  by name; None where it made none, for the reason in `verdict` and `message`
+    device          device type the backend computes on
+    results         by name; None where it made none, for the reason in `verdict` and `message`
+    refused, trace  as in `Outcome`
     """
 
     runs_as: str
@@ -176,6 +227,18 @@ class Produced:
     verdict: str = ""
     message: str = ""
     seconds: float = 0.0
+    refused: str = ""
+    trace: str = ""
+
+
+def claims(verdict: str, made_results: bool) -> str:
+    """What is wrong with what is said of a case; "" if nothing. A verdict is the judge's to give: who has no results
+    says why, and who has some says nothing."""
+    if not made_results and verdict not in FAILED:
+        return f"it has no results, and {verdict!r} does not say why"
+    if made_results and verdict:
+        return f"it has results, and a verdict {verdict!r}"
+    return ""
 
 
 def finite(value: float | None) -> float | str | None:

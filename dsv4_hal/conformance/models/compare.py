@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_hal.backend import BackendError
+from dsv4_hal.conformance.judging.profiles import known, told
 from dsv4_hal.conformance.models import drift
 from dsv4_hal.conformance.models import run as model_run
 from dsv4_hal.conformance.models.drift import GOOD, Call, Part, Picks, Row
 from dsv4_hal.conformance.models.replay import Script
 from dsv4_hal.conformance.models.run import LIMIT, PROGRESS, ModelRun
+from dsv4_hal.conformance.workers.container import BundleError
 from dsv4_hal.conformance.workers.text import counted
 from dsv4_hal.environment import emulated
+from dsv4_hal.numerics import Numerics
 from dsv4_hal.registry import FALLBACK, registered
 
 Tell = Callable[[str], PROGRESS]
@@ -30,10 +33,12 @@ LOST = "process"  # in place of a part, where a backend failed on the way
 
 @dataclass(frozen=True)
 class Compared:
-    """head: what was compared, the first line of model.jsonl. rows: see `drift.rows`, backend by backend."""
+    """head: what was compared, the first line of model.jsonl. rows: see `drift.rows`, backend by backend. unjudged:
+    backends that refused every op, so that the reference ran in their place."""
 
     head: dict[str, Any]
     rows: Sequence[Row]
+    unjudged: Sequence[str] = ()
 
     @property
     def failed(self) -> list[Row]:
@@ -50,9 +55,9 @@ def live(
     compared with it.
     """
     base, *others = backends
-    check_usable(directory, backends, mode)
+    numerics = check_usable(directory, backends, mode)
     with _Runs(directory, tell, limit) as runs:
-        want = runs.record(base, mode, script)
+        want = runs.record(base, numerics, script)
         narrow, wide = runs.budget(want)
         found: list[Row] = []
         known = {base: want}
@@ -64,16 +69,19 @@ def live(
                 continue
             known[backend] = got
             found += drift.rows(backend, got, want, narrow, wide)
-    return Compared(_head(directory, base, others, known, want), found)
+    return _compared(directory, base, others, known, want, found)
 
 
-def check_usable(directory: str, backends: Sequence[str], mode: str) -> None:
-    """BackendError where one of them cannot be used. The first one's own run tells what is wrong with it."""
+def check_usable(directory: str, backends: Sequence[str], mode: str) -> Numerics:
+    """The mode's profile. BackendError where a backend cannot be used. The first one's own run tells what is wrong with
+    it."""
     for backend in backends:
         registered(backend)
+    numerics = told(mode)
     for backend in backends[1:]:
         if backend != FALLBACK:
-            model_run.check_usable(directory, backend, mode)
+            model_run.check_usable(directory, backend, numerics)
+    return numerics
 
 
 def recorded(directory: str, bundle: Path, backend: str, tell: Tell, limit: float = LIMIT) -> Compared:
@@ -83,7 +91,7 @@ def recorded(directory: str, bundle: Path, backend: str, tell: Tell, limit: floa
         want = runs.replay(backend)
         narrow, wide = runs.budget(want)
     found = list(drift.rows(got.backend, got, want, narrow, wide))
-    return Compared(_head(directory, backend, [got.backend], {got.backend: got, backend: want}, got), found)
+    return _compared(directory, backend, [got.backend], {got.backend: got, backend: want}, got, found)
 
 
 @dataclass(frozen=True)
@@ -113,9 +121,9 @@ def bisect_live(
     the last row.
     """
     base, backend = backends
-    check_usable(directory, backends, mode)
+    numerics = check_usable(directory, backends, mode)
     with _Runs(directory, tell, limit) as runs:
-        want = runs.record(base, mode, script)
+        want = runs.record(base, numerics, script)
         narrow, wide = runs.budget(want)
         known, found = {base: want}, list[Row]()
         try:
@@ -127,7 +135,7 @@ def bisect_live(
         except BackendError as error:
             place = ""
             found.append(_lost(backend, error))
-        compared = Compared(_head(directory, base, [backend], known, want), found)
+        compared = _compared(directory, base, [backend], known, want, found)
         if not place:
             return Bisected(compared, "", ())
         want = runs.replay(base, place)
@@ -145,9 +153,8 @@ def bisect_recorded(directory: str, bundle: Path, backend: str, tell: Tell, limi
         narrow, wide = runs.budget(want, "")
     found = list(drift.calls(got.backend, got, want, narrow, wide))
     first = next((call.name.partition("/")[0] for call in found if not call.ok), "")
-    return Bisected(
-        Compared(_head(directory, backend, [got.backend], {got.backend: got, backend: want}, got), ()), first, found
-    )
+    compared = _compared(directory, backend, [got.backend], {got.backend: got, backend: want}, got, ())
+    return Bisected(compared, first, found)
 
 
 def first_place(failed: Sequence[Row]) -> str:
@@ -172,6 +179,10 @@ class _Runs:
         self.directory, self.tell, self.limit, self.bundle = directory, tell, limit, bundle
         if bundle is not None:
             self.given = model_run.read(bundle)
+            try:
+                known(self.given.mode, self.given.profile)
+            except ValueError as error:
+                raise BundleError(f"{bundle}: profile: {error}") from error
 
     def __enter__(self) -> _Runs:
         self.folder = tempfile.TemporaryDirectory(prefix="dsv4-hal-")
@@ -180,11 +191,11 @@ class _Runs:
     def __exit__(self, *error: object) -> None:
         self.folder.cleanup()
 
-    def record(self, backend: str, mode: str, script: Script) -> ModelRun:
+    def record(self, backend: str, numerics: Numerics, script: Script) -> ModelRun:
         self.bundle = self._path()
         progress = self.tell(f"{backend}, freely")
-        model_run.record(self.bundle, self.directory, backend, mode, script, progress=progress, limit=self.limit)
-        self.given = model_run.read(self.bundle)
+        model_run.record(self.bundle, self.directory, backend, numerics, script, progress=progress, limit=self.limit)
+        self.given = _in(numerics, model_run.read(self.bundle))
         return self.given
 
     def replay(self, backend: str, ops: str | None = None, wide: bool = False) -> ModelRun:
@@ -193,7 +204,8 @@ class _Runs:
         what = f"{backend}, part by part" + (", in float64" if wide else "") + ("" if ops is None else ", every op")
         model_run.replayed(path, self.bundle, self.directory, backend, wide, ops, self.tell(what), self.limit)
         try:
-            return model_run.read(path)
+            found = model_run.read(path)
+            return found if wide else _in(self.given.numerics, found)
         finally:
             path.unlink()
 
@@ -207,14 +219,21 @@ class _Runs:
         return Path(self.folder.name) / f"{len(list(Path(self.folder.name).iterdir()))}.bundle"
 
 
+def _in(numerics: Numerics, run: ModelRun) -> ModelRun:
+    """A run, which must have been in this profile. BackendError otherwise."""
+    if run.numerics != numerics:
+        raise BackendError(f"backend {run.backend} ran in another profile than that of mode {numerics.mode}")
+    return run
+
+
 def _lost(backend: str, error: BackendError) -> Part:
     return Part(backend, None, None, LOST, verdict="error", message=str(error))
 
 
-def _head(
-    directory: str, base: str, others: Sequence[str], runs: dict[str, ModelRun], given: ModelRun
-) -> dict[str, Any]:
-    return {
+def _compared(
+    directory: str, base: str, others: Sequence[str], runs: dict[str, ModelRun], given: ModelRun, rows: Sequence[Row]
+) -> Compared:
+    head = {
         "baseline": base,
         "backends": list(others),
         "model": {**given.model, "path": directory},
@@ -224,7 +243,9 @@ def _head(
         "profiles": {name: run.profile for name, run in runs.items()},
         "environment": {name: run.environment for name, run in runs.items()},
         "ops": {name: run.ops for name, run in runs.items()},
+        "refused": {name: run.refused for name, run in runs.items()},
     }
+    return Compared(head, rows, [name for name, run in runs.items() if not run.judged])
 
 
 def headline(compared: Compared) -> Iterator[str]:
@@ -242,6 +263,8 @@ def headline(compared: Compared) -> Iterator[str]:
         free = next((row for row in mine if isinstance(row, drift.Free) and row.top1 is not None), None)
         who = backend + emulated(where.get(backend, {}), backend)
         text = f"{who} against {base}: {counted(own, 'native op')}; {counted(len(judged), 'part')}, {len(bad)} wrong"
+        if unjudged := [name for name in (base, backend) if name in compared.unjudged]:
+            text += f"; nothing was judged: {' and '.join(unjudged)} refused every op"
         if shares:
             text += f", worst at {max(shares):.2f} of its budget"
         if free is not None:

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dsv4_hal.conformance.judging.compare import FLIPPED, UNIT, Budget, bitwise, derive, measure, nmse, row_format
-from dsv4_hal.conformance.judging.verdict import of_budget
+from dsv4_hal.conformance.judging.budget import FLIPPED, UNIT, Budget, derive, nmse, of_budget, row_format
+from dsv4_hal.conformance.judging.compare import bitwise, measure
 from dsv4_hal.conformance.models.replay import PICKS, Seen, likeliest
 from dsv4_hal.conformance.models.run import ModelRun
-from dsv4_hal.numerics import Numerics, numerics_for
+from dsv4_hal.numerics import Numerics
 
 FACTOR = 8.0
 NOT_FINITE = "not finite on the reference either: an earlier part is to blame"
@@ -154,7 +154,7 @@ def rows(backend: str, got: ModelRun, want: ModelRun, narrow: ModelRun, wide: Mo
 
 def calls(backend: str, got: ModelRun, want: ModelRun, narrow: ModelRun, wide: ModelRun) -> Iterator[Call]:
     """Every call of an op that all four runs have, in the order of the forward pass, step by step."""
-    numerics = numerics_for(want.mode)
+    numerics = narrow.numerics
     for number in range(len(want.calls)):
         seen = [run.calls[number] for run in (got, want, narrow, wide)]
         for name in _calls(seen):
@@ -212,7 +212,7 @@ def _part(about: Part, name: str, got: ModelRun, want: ModelRun, narrow: ModelRu
     a, b, c, d = (_joined(run, name) for run in (got, want, narrow, wide))
     if not all(t.isfinite().all() for t in (b, c, d)):
         return replace(about, verdict="error", message=f"{name}: {NOT_FINITE}")
-    numerics = numerics_for(want.mode)
+    numerics = narrow.numerics
     # logits are sums over a row that was rounded to the storage, of which a value may be off by one unit
     budget = derive(c, d, FACTOR, rounded=numerics.storage if about.part == "head" else None)
     if about.part == "attn":

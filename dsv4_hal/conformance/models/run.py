@@ -20,14 +20,16 @@ import torch
 
 from dsv4_hal.backend import BackendError, described
 from dsv4_hal.conformance.judging.compare import widen
+from dsv4_hal.conformance.judging.profiles import agreed
 from dsv4_hal.conformance.models.probe import Probe
 from dsv4_hal.conformance.models.replay import Script, Seen, replay, run_freely
 from dsv4_hal.conformance.workers import container
 from dsv4_hal.conformance.workers.process import STARTING, Child, Line, Lost, in_words
+from dsv4_hal.conformance.workers.transport import Foreign
 from dsv4_hal.dispatch import Resolved, select
 from dsv4_hal.environment import environment
 from dsv4_hal.formats import Weight
-from dsv4_hal.numerics import numerics_for
+from dsv4_hal.numerics import Numerics
 from dsv4_hal.ops import OPS
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class ModelRun:
     model     name, layers, ratios of the layers, and a fingerprint of configuration and weights
     profile   the numeric profile
     ops       how each op ran
+    refused   op -> why the backend's own code for it did not run, of those where it did not
     errors    "step/name" -> why it could not be made
     steps     what was seen or made in each step
     calls     results of ops in each step, in order; empty unless they were asked for
@@ -60,16 +63,26 @@ class ModelRun:
     profile: Mapping[str, Any]
     environment: Mapping[str, Any]
     ops: Mapping[str, str]
+    refused: Mapping[str, str]
     errors: Mapping[str, str]
     steps: Sequence[Seen]
     calls: Sequence[Seen]
+
+    @property
+    def numerics(self) -> Numerics:
+        return agreed(self.mode, self.profile)
+
+    @property
+    def judged(self) -> bool:
+        """Whether an op ran as the backend has it: not where it refused all, and the reference ran in its place."""
+        return any(kind != "composite" and op not in self.refused for op, kind in self.ops.items())
 
 
 def record(
     out: Path,
     directory: str,
     backend: str,
-    mode: str,
+    numerics: Numerics,
     script: Script,
     ops: bool = False,
     progress: PROGRESS | None = None,
@@ -77,10 +90,11 @@ def record(
 ) -> None:
     """Run a model freely, and keep what its parts saw and made; with `ops`, what every op made as well.
 
+    numerics  the profile: as data, since the process of the reference must not import who declares one
     limit  seconds without progress after which a backend is taken to hang
     BackendError names the backend where it raises, hangs, or kills its process; ValueError where the input is wrong.
     """
-    _in_process(backend, limit, progress, _record, out, directory, backend, mode, script, ops)
+    _in_process(backend, limit, progress, _record, out, directory, backend, numerics, script, ops)
 
 
 def replayed(
@@ -102,9 +116,9 @@ def replayed(
     _in_process(backend, limit, progress, _replay, out, recorded, directory, backend, wide, ops)
 
 
-def check_usable(directory: str, backend: str, mode: str) -> None:
+def check_usable(directory: str, backend: str, numerics: Numerics) -> None:
     """BackendError where a backend cannot be used for a model: found before any weight is read."""
-    _in_process(backend, STARTING, None, _check_usable, directory, backend, mode)
+    _in_process(backend, STARTING, None, _check_usable, directory, backend, numerics)
 
 
 def read(path: Path) -> ModelRun:
@@ -127,14 +141,21 @@ def read(path: Path) -> ModelRun:
             layers = header["model"]["layers"]
             seen |= {f"layers.{i - 1}.out": seen[f"layers.{i}.in"] for i in range(1, layers)}
             seen |= {f"layers.{layers - 1}.out": seen["head.in"], "free": seen["logits"]}
-    about = {key: header[key] for key in ("backend", "mode", "model", "profile", "environment", "ops", "errors")}
-    return ModelRun(**about, script=script, steps=steps, calls=calls)
+    told = ("backend", "mode", "model", "profile", "environment", "ops", "refused", "errors")
+    found = ModelRun(**{key: header[key] for key in told}, script=script, steps=steps, calls=calls)
+    try:
+        agreed(found.mode, found.profile)
+    except ValueError as error:
+        raise container.BundleError(f"{path}: profile: {error}") from error
+    return found
 
 
-def _record(report: PROGRESS, out: Path, directory: str, backend: str, mode: str, script: Script, ops: bool) -> None:
+def _record(
+    report: PROGRESS, out: Path, directory: str, backend: str, numerics: Numerics, script: Script, ops: bool
+) -> None:
     container.refuse_existing(out)
     total = len(script.steps) * (1 + ops)
-    model = load(directory, backend, mode, alive=lambda: report(FILES, total))
+    model = load(directory, backend, numerics, alive=lambda: report(FILES, total))
     _check_tokens(model, script)
     report(0, total)
     steps: list[Seen] = []
@@ -151,7 +172,7 @@ def _record(report: PROGRESS, out: Path, directory: str, backend: str, mode: str
                 errors |= {f"{number}/{name}": why for name, why in part.errors.items()}
                 report(len(steps) + number + 1, total)
     report(FILES, total)
-    _write(out, model, directory, backend, mode, script, errors, steps, calls)
+    _write(out, model, directory, backend, script, errors, steps, calls)
 
 
 def _replay(
@@ -159,7 +180,8 @@ def _replay(
 ) -> None:
     given = read(recorded)
     total = len(given.steps) * (2 if ops is None else 1)
-    model = load(directory, backend, given.mode, wide, alive=lambda: report(FILES, total))
+    numerics = widen(given.numerics) if wide else given.numerics
+    model = load(directory, backend, numerics, alive=lambda: report(FILES, total))
     if fingerprint(directory) != given.model["fingerprint"]:
         raise ValueError(
             f"{directory} is not the model that {recorded.name} was recorded with: weights or config differ"
@@ -178,7 +200,7 @@ def _replay(
     if ops is None:
         _free(report, model, given, steps, errors)
     report(FILES, total)
-    _write(out, model, directory, backend, given.mode, given.script, errors, steps, calls or [{} for _ in steps])
+    _write(out, model, directory, backend, given.script, errors, steps, calls or [{} for _ in steps])
 
 
 def _free(report: PROGRESS, model: Model, given: ModelRun, steps: Sequence[Seen], errors: dict[str, str]) -> None:
@@ -193,15 +215,13 @@ def _free(report: PROGRESS, model: Model, given: ModelRun, steps: Sequence[Seen]
         errors["free"] = described(error)
 
 
-def load(
-    directory: str, backend: str, mode: str, wide: bool = False, alive: Callable[[], None] = lambda: None
-) -> Model:
-    """As `dsv4_hal.load_model` does, but perhaps in a widened profile. alive: called now and then."""
+def load(directory: str, backend: str, numerics: Numerics, alive: Callable[[], None] = lambda: None) -> Model:
+    """As `dsv4_hal.load_model` does, but in any profile. alive: called now and then."""
     from dsv4_hal.model.checkpoint import load_weights
     from dsv4_hal.model.transformer import Model
 
     cfg, path = _config(directory)
-    ops = _ops(cfg, backend, mode, wide)
+    ops = _ops(cfg, backend, numerics)
     told = time.monotonic()
 
     def repack(weight: Weight) -> Weight:
@@ -219,8 +239,8 @@ def load(
         return Model(cfg, ops, weights)
 
 
-def _check_usable(report: PROGRESS, directory: str, backend: str, mode: str) -> None:
-    _ops(_config(directory)[0], backend, mode)
+def _check_usable(report: PROGRESS, directory: str, backend: str, numerics: Numerics) -> None:
+    _ops(_config(directory)[0], backend, numerics)
 
 
 def _config(directory: str) -> tuple[ModelConfig, Path]:
@@ -232,9 +252,8 @@ def _config(directory: str) -> tuple[ModelConfig, Path]:
     return cfg, path
 
 
-def _ops(cfg: ModelConfig, backend: str, mode: str, wide: bool = False) -> Resolved:
-    numerics = numerics_for(mode)
-    ops = select([backend], widen(numerics) if wide else numerics, vars(cfg))
+def _ops(cfg: ModelConfig, backend: str, numerics: Numerics) -> Resolved:
+    ops = select([backend], numerics, vars(cfg))
     if ops.device.type == "meta":
         raise BackendError(f"backend {backend} computes shapes, not values: there is nothing to compare")
     return ops
@@ -276,7 +295,6 @@ def _write(
     model: Model,
     directory: str,
     backend: str,
-    mode: str,
     script: Script,
     errors: Mapping[str, str],
     steps: Sequence[Seen],
@@ -287,7 +305,7 @@ def _write(
     ops = _resolved(model)
     header = {
         "backend": backend,
-        "mode": mode,
+        "mode": ops.numerics.mode,
         "model": {
             "name": Path(directory).resolve().name,
             "layers": len(model.layers),
@@ -298,6 +316,7 @@ def _write(
         "profile": ops.numerics.to_dict(),
         "environment": environment([backend]),
         "ops": {r.op: r.runs_as for r in ops.resolutions},
+        "refused": {r.op: why for r in ops.resolutions for name, why in r.rejected if name == backend},
         "errors": dict(errors),
         "order": list(named),
     }
@@ -342,6 +361,8 @@ def _in_process(backend: str, limit: float, progress: PROGRESS | None, task: Cal
                 steps = done
                 if progress is not None:
                     progress(done, total)
+    except Foreign as error:
+        raise BackendError(f"backend {backend}: {error}") from None
     except Lost as lost:
         if lost.code is None:
             why = f"no progress for {in_words(lost.seconds)}, after {steps} step{'' if steps == 1 else 's'}"

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -20,12 +20,12 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from dsv4_hal.conformance.judging.named import named
-from dsv4_hal.conformance.judging.results import GRAD, PASSED, VERDICTS, WHOLE, About, Extent, Job, Produced
-from dsv4_hal.conformance.judging.waivers import Waiver
+from dsv4_hal.conformance.judging.profiles import known
+from dsv4_hal.conformance.judging.results import WHOLE, About, Extent, Job, Produced, Suite, claims, suite
+from dsv4_hal.conformance.judging.waivers import Waiver, check
 from dsv4_hal.conformance.workers import container
 from dsv4_hal.conformance.workers.container import BundleError
 from dsv4_hal.conformance.workers.transport import Packed
-from dsv4_hal.numerics import mode_names
 from dsv4_hal.ops import OPS, SIZES, cases
 
 
@@ -37,13 +37,15 @@ class Bundle:
     made     the jobs in order, and what became of each
     waivers  those that lay beside the backend
     extent   size classes that were run
+    suite    how many cases there are, and which are not there
     """
 
     backend: str
     about: About
     made: tuple[tuple[Job, Produced], ...]
     waivers: tuple[Waiver, ...]
-    extent: Extent = WHOLE
+    extent: Extent
+    suite: Suite
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class _Case:
     verdict: str
     message: str
     seconds: float
+    refused: str
+    trace: str
     results: Mapping[str, _Result] | None
 
 
@@ -77,11 +81,13 @@ class _Header:
     contract: str
     inputs: str
     waivers: Sequence[Waiver]
+    suite: Suite
+    remarks: Sequence[str]
     cases: Sequence[_Case]
-    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 _HEADER = TypeAdapter(_Header)
+_TOLD = ("runs_as", "device", "verdict", "message", "seconds", "refused", "trace")
 NEEDED = (("program", "dsv4-hal"), ("packages", "torch"), ("machine", "python"), ("machine", "system"))
 
 
@@ -95,26 +101,25 @@ def write_bundle(
 ) -> None:
     """Write what a backend made. The file appears whole or not at all; FileExistsError if there is one already."""
     container.refuse_existing(path)
-    tensors, cases = {}, []
+    tensors, cases, made = {}, [], list(made)
     for job, produced in made:
         results = {}
         for name, packed in (produced.results or {}).items():
             tensors[f"{job.id}/{name}"] = torch.tensor(np.frombuffer(packed.data, np.uint8))
             kind = str(packed.dtype).removeprefix("torch.")
             results[name] = {"dtype": kind, "shape": packed.shape, "strides": packed.strides, "device": packed.device}
-        told = asdict(job) | {
-            field: getattr(produced, field) for field in ("runs_as", "device", "verdict", "message", "seconds")
-        }
+        told = asdict(job) | {field: getattr(produced, field) for field in _TOLD}
         cases.append(told | {"results": None if produced.results is None else results})
     header = {
         "backend": backend,
         "profiles": about.profiles,
         "environment": about.environment,
-        "refused": about.refused,
+        "remarks": list(about.remarks),
         "extent": asdict(extent),
+        "suite": asdict(suite((job for job, _ in made), extent)),
         "contract": contract(),
         "inputs": inputs(),
-        "waivers": [asdict(waiver) | {"date": waiver.date.isoformat()} for waiver in waivers],
+        "waivers": [waiver.to_dict() for waiver in waivers],
         "cases": cases,
     }
     container.write(path, "ops", header, tensors)
@@ -138,44 +143,54 @@ def read_bundle(path: Path) -> Bundle:
         raise BundleError(f"{path}: torch {torch_there} drew other inputs there than {torch.__version__} does here")
     if not {header.extent.size, header.extent.affords} <= set(SIZES):
         raise BundleError(f"{path}: extent: a size class must be one of {', '.join(SIZES)}")
-    made = tuple(_made(path, header.cases, tensors))
+    for mode, profile in header.profiles.items():
+        try:
+            known(mode.removesuffix(".grad"), profile)
+        except ValueError as error:
+            raise BundleError(f"{path}: profiles.{mode}: {error}") from error
+    for number, waiver in enumerate(header.waivers):
+        try:
+            check(waiver)
+        except ValueError as error:
+            raise BundleError(f"{path}: waivers.{number}: {error}") from error
+    made = tuple(_made(path, header, tensors))
     if not made:
         raise BundleError(f"{path}: cases: there are none")
-    about = About("", header.profiles, header.environment, header.extent.affords, header.refused)
-    return Bundle(header.backend, about, made, tuple(header.waivers), header.extent)
+    found = suite((job for job, _ in made), header.extent)
+    if (header.suite.cases, set(header.suite.missing)) != (found.cases, set(found.missing)):
+        raise BundleError(f"{path}: suite: it says {header.suite}, and it has {found}")
+    about = About("", header.profiles, header.environment, header.extent.affords, header.remarks)
+    return Bundle(header.backend, about, made, tuple(header.waivers), header.extent, found)
 
 
-def _made(path: Path, cases: Iterable[_Case], tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[Job, Produced]]:
+def _made(path: Path, header: _Header, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[Job, Produced]]:
     """BundleError names the case that is wrong."""
     seen = set[str]()
-    for case in cases:
+    for case in header.cases:
         job = Job(case.op, case.case, case.mode, case.size)
-        if wrong := "it is there twice" if job.id in seen else _wrong(case):
+        if wrong := "it is there twice" if job.id in seen else _wrong(case, header.profiles.keys()):
             raise BundleError(f"{path}: {job.id}: {wrong}")
         seen.add(job.id)
         results = None
         if case.results is not None:
             results = {name: _packed(path, f"{job.id}/{name}", told, tensors) for name, told in case.results.items()}
-        yield job, Produced(case.runs_as, case.device, results, case.verdict, case.message, case.seconds)
+        told = {field: getattr(case, field) for field in _TOLD}
+        yield job, Produced(**told, results=results)
 
 
-def _wrong(case: _Case) -> str:
-    """What is wrong with what a bundle says of a case; "" if nothing."""
+def _wrong(case: _Case, modes: Collection[str]) -> str:
+    """What is wrong with what a bundle says of a case; "" if nothing. modes: those that it has a profile of."""
     try:
         named(case.case)
     except ValueError as error:
         return str(error)
     if case.case.partition("[")[0] != case.op:
         return f"it is no case of {case.op}"
-    if case.mode not in (*mode_names(), GRAD):
-        return f"{case.mode!r} is no mode"
+    if case.mode not in modes:
+        return f"{case.mode!r} is no mode that the bundle has a profile of"
     if case.size not in SIZES:
         return f"{case.size!r} is no size class"
-    if case.results is None and (case.verdict not in VERDICTS or case.verdict in PASSED):
-        return f"it has no results, and {case.verdict!r} does not say why"
-    if case.results is not None and case.verdict:
-        return f"it has results, and a verdict {case.verdict!r}"
-    return ""
+    return claims(case.verdict, case.results is not None)
 
 
 def _packed(path: Path, name: str, told: _Result, tensors: Mapping[str, torch.Tensor]) -> Packed:

@@ -149,6 +149,8 @@ def _summary(label: str, run: OpsRun, cells: Sequence[Cell]) -> dict[str, Any]:
         told = ("shapes", "no case ran")
     elif "shapes" in seen:
         told = ("shapes", "shapes are right; no values compared")
+    elif not any(o.judged for o in run.outcomes):
+        told = ("borrowed", "nothing was judged: the reference ran in its place")
     else:
         told = ("agrees" if "agrees" in seen else "borrowed", "no failures")
     return {
@@ -158,6 +160,7 @@ def _summary(label: str, run: OpsRun, cells: Sequence[Cell]) -> dict[str, Any]:
         "headline": run.head.headline,
         "refused": refused,
         "unasked": run.head.unasked,
+        "remarks": run.head.remarks,
         "counts": Counter(state(o) for o in run.outcomes),
         "bad": [(cell, _waiver(run.head.waivers, cell.outcomes[0])) for cell in bad],
         "stale": stale,
@@ -166,7 +169,7 @@ def _summary(label: str, run: OpsRun, cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _waiver(waivers: Iterable[SavedWaiver], outcome: SavedOutcome) -> SavedWaiver | None:
-    return next((w for w in waivers if outcome.waived and w.matches(outcome)), None)
+    return next((w for w in waivers if outcome.waived and w.covers(outcome)), None)
 
 
 def _model(label: str, run: ModelRun) -> dict[str, Any]:
@@ -177,6 +180,8 @@ def _model(label: str, run: ModelRun) -> dict[str, Any]:
     backends = list(dict.fromkeys(row.backend for row in run.rows))
     failed = [row for row in run.rows if row.verdict not in GOOD]
     told = ("fails", "disagrees") if failed else ("agrees", "no failures") if run.rows else ("shapes", "nothing ran")
+    if run.head.unjudged and not failed:
+        told = ("borrowed", f"nothing was judged: {' and '.join(run.head.unjudged)} refused every op")
     return {
         "label": label,
         "head": run.head,

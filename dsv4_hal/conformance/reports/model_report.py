@@ -29,7 +29,8 @@ def write(compared: Compared, directory: Path) -> None:
 
 
 def jsonl(compared: Compared) -> str:
-    head = {"kind": "model", **compared.head, "headline": list(headline(compared)), "rows": len(compared.rows)}
+    told = {"headline": list(headline(compared)), "unjudged": list(compared.unjudged), "rows": len(compared.rows)}
+    head = {"kind": "model", **compared.head, **told}
     lines = [head, *map(_plain, compared.rows)]
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 

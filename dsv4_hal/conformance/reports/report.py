@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from dsv4_hal.conformance.judging.results import LOST, WHOLE, About, Extent, Outcome
+from dsv4_hal.conformance.judging.results import LOST, WHOLE, About, Extent, Outcome, Suite
 from dsv4_hal.conformance.judging.waivers import Waiver, stale
 from dsv4_hal.conformance.reports import html, saved
 from dsv4_hal.conformance.reports.cells import share
 from dsv4_hal.conformance.workers import files
 from dsv4_hal.conformance.workers.text import counted, in_markdown
+from dsv4_hal.dispatch import LACKING
 from dsv4_hal.environment import emulated, environment
 from dsv4_hal.ops import OPS
 from dsv4_hal.registry import FALLBACK
@@ -32,7 +33,7 @@ from dsv4_hal.registry import FALLBACK
 class Run:
     """Outcomes of one backend, in the order they came; what it says of itself, waivers that lie beside it, which size
     classes ran; which oracles of the reference were not asked, and why; of a run that was interrupted, how many cases
-    it would have come to."""
+    it would have come to; of one that was recorded, what there is to record."""
 
     backend: str
     outcomes: Sequence[Outcome]
@@ -41,6 +42,7 @@ class Run:
     extent: Extent = WHOLE
     unasked: Sequence[str] = ()
     interrupted_of: int | None = None
+    suite: Suite | None = None
 
     @property
     def runs_as(self) -> dict[str, str]:
@@ -62,17 +64,38 @@ class Run:
 
     @property
     def refused(self) -> dict[str, str]:
-        """Ops that ran, but not by the backend's own code that is there, and why."""
-        return {op: why for op, why in self.about.refused.items() if op in self.runs_as}
+        """Ops that a backend has and refused, in some cases or in all, and why."""
+        found = dict[str, str]()
+        for op in self.runs_as:
+            mine = [o for o in self.outcomes if o.op == op]
+            why = list(dict.fromkeys(o.refused for o in mine if o.refused not in ("", LACKING)))
+            if why:
+                count = sum(o.refused in why for o in mine)
+                some = f"in {count} of {counted(len(mine), 'case')}: " if count < len(mine) else ""
+                more = f"; and {counted(len(why) - 1, 'other reason')}" if len(why) > 1 else ""
+                found[op] = f"{some}{why[0]}{more}"
+        return found
+
+    @property
+    def unrecorded(self) -> str:
+        """Of one that was recorded: how many cases of which ops were not."""
+        missing = Counter(id.partition("[")[0] for id in (self.suite.missing if self.suite else ()))
+        return ", ".join(f"{op} ({counted(count, 'case')})" for op, count in missing.items())
+
+    @property
+    def judged(self) -> bool:
+        """Whether anything was found out about the backend: not where it refused all cases, or computes shapes only."""
+        return any(outcome.judged for outcome in self.outcomes)
 
     def waiver(self, outcome: Outcome) -> Waiver | None:
-        return next((w for w in self.waivers if not outcome.ok and w.matches(outcome)), None)
+        return next((w for w in self.waivers if w.covers(outcome)), None)
 
     @property
     def headline(self) -> str:
         """First whether it was interrupted, then how much of the backend is its own: a pass of code it inherited must
         not read like one of kernels."""
         own = sum(kind == "native" for kind in self.runs_as.values())
+        some = sum("native" in kind for kind in self.runs_as.values()) - own
         verdicts = Counter("waived" if self.waiver(o) else o.verdict for o in self.outcomes)
         told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
         if self.backend == FALLBACK:
@@ -80,10 +103,13 @@ class Run:
             told_of = ", ".join(f"{oracle} ({n})" for oracle, n in asked.items())
             own_text = f"the reference, against {told_of or 'no oracle'}"
         else:
-            own_text = f"{counted(own, 'native op')} of the {len(self.runs_as)} that ran"
+            in_part = f" and {some} in part" if some else ""
+            own_text = f"{counted(own, 'native op')}{in_part} of the {len(self.runs_as)} that ran"
         cases = counted(len(self.outcomes), "case")
         who = self.backend + emulated(self.about.environment, self.backend)
-        return f"{self.interrupted}{who}: {own_text}; {cases}: {told or 'none'}; {self.extent}"
+        judged = "" if self.judged else "; nothing of it was judged"
+        recorded = "" if self.suite is None else f"; {self.suite}"
+        return f"{self.interrupted}{who}: {own_text}; {cases}: {told or 'none'}{judged}{recorded}; {self.extent}"
 
     @property
     def interrupted(self) -> str:
@@ -146,11 +172,13 @@ def jsonl(run: Run) -> str:
         "unasked": list(run.unasked),
         "interrupted_of": run.interrupted_of,
         "refused": run.refused,
+        "remarks": list(run.about.remarks),
+        "suite": None if run.suite is None else asdict(run.suite),
         "sizes": asdict(run.extent) | {"classes": run.extent.classes},
         "profiles": run.about.profiles,
         "environment": run.about.environment,
         "judged": environment([FALLBACK]),
-        "waivers": [{**asdict(w), "date": str(w.date), "stale": w in run.stale} for w in run.waivers],
+        "waivers": [{**w.to_dict(), "stale": w.why_stale if w in run.stale else ""} for w in run.waivers],
     }
     lines = [head, *({**o.to_dict(), "waived": bool(run.waiver(o))} for o in run.outcomes)]
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
@@ -166,8 +194,11 @@ def junit(run: Run) -> ElementTree.Element:
             ElementTree.SubElement(case, "skipped", message=saved.printable(f"waived {waiver.date}: {waiver.reason}"))
         elif not outcome.ok:
             kind = "error" if outcome.verdict in LOST else "failure"
-            ElementTree.SubElement(case, kind, message=saved.printable(f"{outcome.verdict}: {outcome.message}"))
-    more = [("waivers", f"{w.case} {w.mode}".strip(), "failure", f"stale, of {w.date}: {w.reason}") for w in run.stale]
+            message = saved.printable(f"{outcome.verdict}: {outcome.message}")
+            ElementTree.SubElement(case, kind, message=message).text = saved.printable(outcome.trace) or None
+    more = [
+        ("waivers", f"{w.case} {w.mode}".strip(), "failure", f"stale: {w.why_stale}: {w.reason}") for w in run.stale
+    ]
     if run.interrupted:
         more.append(("run", "came to its end", "error", run.headline))
     for group, name, kind, told in more:
@@ -193,11 +224,15 @@ def markdown(run: Run) -> str:
             lines += ["", f"## {title}", ""]
             lines += [f"- `{o.id}` {o.verdict}: {in_markdown(o.message)}" for o in chosen]
     if run.refused:
-        lines += ["", "## Ops of its own that were not used", ""]
+        lines += ["", "## Ops that it refused", ""]
         lines += [f"- `{op}`: {in_markdown(why)}" for op, why in run.refused.items()]
     if run.unasked:
         lines += ["", "## Oracles that were not asked", "", *(f"- {told}" for told in run.unasked)]
+    if run.about.remarks:
+        lines += ["", "## Remarks", "", *(f"- {in_markdown(told)}" for told in run.about.remarks)]
+    if run.unrecorded:
+        lines += ["", "## Cases that were not recorded", "", f"- {run.unrecorded}"]
     if run.stale:
         lines += ["", "## Stale waivers", ""]
-        lines += [f"- `{w.case}` of {w.date}: {in_markdown(w.reason)}" for w in run.stale]
+        lines += [f"- `{w.case}` of {w.date}: {w.why_stale}: {in_markdown(w.reason)}" for w in run.stale]
     return "\n".join(lines) + "\n"

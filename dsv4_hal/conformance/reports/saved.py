@@ -28,9 +28,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SavedWaiver(Waiver):
-    """A waiver that lay beside the backend, and whether it has grown stale."""
+    """A waiver that lay beside the backend, and why it has grown stale, "" if it has not."""
 
-    stale: bool = False
+    stale: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class OpsHead:
     waivers: Sequence[SavedWaiver]
     refused: Mapping[str, str] = field(default_factory=dict)
     unasked: Sequence[str] = ()
+    remarks: Sequence[str] = ()
     interrupted_of: int | None = None
 
 
@@ -69,6 +70,7 @@ class ModelHead:
     environment: Mapping[str, Sections]
     headline: Sequence[str]
     rows: int
+    unjudged: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

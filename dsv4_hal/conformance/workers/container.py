@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsv4_hal.conformance.workers.files import whole
 
-FORMAT = "3"
+FORMAT = "4"
 KINDS = {"ops": "cases of the contract (`record`)", "model": "a whole model (`record --model`)"}
 
 

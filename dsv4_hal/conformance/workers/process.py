@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, cast
 
 from dsv4_hal.conformance.workers import fork_server
+from dsv4_hal.conformance.workers.transport import plain
 
 STARTING = 600.0  # seconds a process may take until its backend is there
 
@@ -51,14 +52,14 @@ class Child:
             self._pipe.send(what)
 
     def receive(self, seconds: float) -> Any:
-        """What the process sends next. Lost if it takes longer, or is gone."""
+        """What the process sends next, plain data. Lost if it takes longer, or is gone; Foreign if it sends more."""
         start = time.monotonic()
         ready = wait([self._pipe, self._process.sentinel], seconds)
         if not ready:
             raise Lost(None, time.monotonic() - start)
         if self._pipe in ready or self._pipe.poll():
             with contextlib.suppress(EOFError, ConnectionResetError):
-                return self._pipe.recv()
+                return plain(self._pipe.recv_bytes())
         self._process.join(5)  # it may have closed the pipe, and go on
         after = time.monotonic() - start
         self.end()

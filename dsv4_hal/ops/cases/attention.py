@@ -24,7 +24,6 @@ from dsv4_hal.ops.cases.inputs import (
     pool_for,
     size_of,
     steps,
-    strided,
     token_rows,
     weight,
     whole,
@@ -53,7 +52,7 @@ def index_topk() -> Cases:
         yield case("index_topk", _index_topk, size, ragged=ragged, k=8, q_scale=30.0)
         yield case("index_topk", _index_topk, size, ragged=ragged, k=8, fixed=True)
     for strides in ("one", "row"):
-        yield case("index_topk", _index_topk_loose, "interpreted", ragged="few", k=3, strides=strides)
+        yield case("index_topk", _index_topk, "interpreted", ragged="few", k=3, strides=strides)
     yield case("index_topk", _index_topk, "full", ragged="64at0", k=512, heads=64)
     for k, ragged in ((512, "3at2303.1at1000"), (1024, "1at5000")):
         yield case("index_topk", _index_topk, "full", ragged=ragged, k=k, heads=64)
@@ -88,9 +87,6 @@ def _index_topk(
     candidates = torch.full((batch.tokens, count + 1), float("-inf"), dtype=score.dtype, device=ops.device)
     candidates = candidates.scatter(1, every.masked_fill(every < 0, count), score)[:, :count]
     return {"picks": picks, "candidates": candidates.contiguous()}
-
-
-_index_topk_loose = strided("index_topk", _index_topk)
 
 
 def _index_ties(ops: Resolved, generator: torch.Generator, ragged: str, k: int, scores: str) -> Results:
@@ -150,7 +146,7 @@ def sparse_attention() -> Cases:
         yield case("sparse_attention", _attention, "quick", ragged="few_packed", **given)
         yield case("sparse_attention", _attention, "quick", ragged="1at130.20at0.3at125.p2", **given, heads=64)
     for strides in ("one", "row"):
-        yield case("sparse_attention", _attention_loose, ragged="few", entries="picks", small=True, strides=strides)
+        yield case("sparse_attention", _attention, ragged="few", entries="picks", small=True, strides=strides)
     for heads, k, ragged in ((64, 512, "3at2303.1at1000"), (128, 1024, "1at5000"), (128, 1024, "60at30.p2")):
         for entries in ("none", "csa", "picks", "hca"):
             given = {"ragged": ragged, "entries": entries, "window": 128, "k": k, "heads": heads}
@@ -194,9 +190,6 @@ def _attention(
     return {"y": y, "lse": log_sum, "written": target, "same": yes(ops, y is target)}
 
 
-_attention_loose = strided("sparse_attention", _attention)
-
-
 def random_picks(ops: Resolved, generator: torch.Generator, batch: Batch, k: int, ratio: int = 4) -> Tensor:
     """[T, k] distinct visible entries in any order, with -1 between them; padding tokens pick nothing."""
     visible = torch.from_numpy((batch.positions_host + 1) // ratio * (batch.seq_host >= 0))
@@ -214,7 +207,7 @@ def output_proj() -> Cases:
             yield case("output_proj", _output_proj, "quick", format=format, tokens=5)
     yield case("output_proj", _output_proj, "quick", format="e4m3_128x128", tokens=128)
     for strides in ("one", "row"):
-        yield case("output_proj", _output_proj_loose, format="bf16", tokens=3, strides=strides)
+        yield case("output_proj", _output_proj, format="bf16", tokens=3, strides=strides)
     for heads, groups, width in ((64, 8, 4096), (32, 4, 7168)):  # Flash; a quarter of Pro
         given = {"tokens": 7, "heads": heads, "dim": 512, "groups": groups, "rank": 1024, "width": width}
         yield case("output_proj", _output_proj, "full", format="e4m3_128x128", **given)
@@ -235,6 +228,3 @@ def _output_proj(
     wo_a = weight(ops, generator, format, groups, rank, heads * dim // groups)
     wo_b = weight(ops, generator, format, width, groups * rank)
     return {"y": ops.output_proj(normal(ops, generator, tokens, heads, dim), tables, wo_a, wo_b)}
-
-
-_output_proj_loose = strided("output_proj", _output_proj)

@@ -29,7 +29,6 @@ from dsv4_hal.ops.cases.inputs import (
     ragged_of,
     size_of,
     steps,
-    strided,
     token_rows,
     used_pool,
     weight,
@@ -105,7 +104,7 @@ def kv_store() -> Cases:
         for ragged in ("few", "mixed"):
             yield case("kv_store", _kv_store, size_of(ragged, real=True), kind=kind, ragged=ragged, fixed=True)
     for strides in ("one", "row"):
-        yield case("kv_store", _kv_store_loose, kind="window", ragged="few", small=True, strides=strides)
+        yield case("kv_store", _kv_store, kind="window", ragged="few", small=True, strides=strides)
 
 
 def _kv_store(
@@ -121,9 +120,6 @@ def _kv_store(
     batches = steps(ops, generator, ragged, block_tokens=block_tokens, fixed=fixed)
     kv = filled(ops, generator, row_layout(ops, kind, small), batches, reused)
     return held(ops, kind if kind == "index" else "kv", kv, batches[-1])
-
-
-_kv_store_loose = strided("kv_store", _kv_store)
 
 
 def kv_load() -> Cases:
@@ -258,7 +254,7 @@ def compress() -> Cases:
         for ragged in ("3at2303.1at127", "60at70.p2"):
             yield case("compress", _compress, "full", ratio=ratio, ragged=ragged, width=512)
         for strides in ("one", "row"):
-            yield case("compress", _compress_loose, ratio=ratio, ragged="few", strides=strides)
+            yield case("compress", _compress, ratio=ratio, ragged="few", strides=strides)
     yield case("compress", _compress, "full", ratio=4, ragged="3at2303.1at127", width=128)  # of the indexer
     for ratio, ragged in ((4, "few_packed"), (128, "packed")):
         yield differentiated(case("compress", _compress, size_of(ragged), ratio=ratio, ragged=ragged, scale=2.0))
@@ -279,9 +275,6 @@ def _compress(
     batches = steps(ops, generator, ragged, fixed=fixed)
     state = stale_state(ops, len(ragged_of(ragged).q_lens) + 3, ratio, width) if batches[0].cached else None
     return _compress_all(ops, generator, batches, ratio, state, width, scale)
-
-
-_compress_loose = strided("compress", _compress)
 
 
 def _compress_rollback(ops: Resolved, generator: torch.Generator, ratio: int, first: int) -> Results:
@@ -309,7 +302,7 @@ def compressor() -> Cases:
             yield case("compressor", _compressor, size_of(ragged), ratio=ratio, ragged=ragged, format="bf16")
     yield case("compressor", _compressor, "quick", ratio=4, ragged="mixed", format="fp32")
     for strides in ("one", "row"):
-        yield case("compressor", _compressor_loose, ratio=4, ragged="few", format="bf16", strides=strides)
+        yield case("compressor", _compressor, ratio=4, ragged="few", format="bf16", strides=strides)
     for ratio, inputs in ((4, 4096), (128, 4096), (4, 7168), (128, 7168)):
         given = {"ratio": ratio, "ragged": "60at70.p2", "format": "bf16", "width": 512, "inputs": inputs}
         yield case("compressor", _compressor, "full", **given)
@@ -337,9 +330,6 @@ def _compressor(
     return out
 
 
-_compressor_loose = strided("compressor", _compressor)
-
-
 def compress_store() -> Cases:
     for kind in ("csa", "hca", "index"):
         for ragged in ("packed", "packed_none", "mixed", "chunked", "padded", "edges", "none", "few", "few_packed"):
@@ -353,8 +343,8 @@ def compress_store() -> Cases:
         for ragged in ("few", "mixed"):
             size = size_of(ragged, real=True)
             yield case("compress_store", _compress_store, size, kind=kind, ragged=ragged, fixed=True)
-    yield case("compress_store", _compress_store_loose, "interpreted", kind="csa", ragged="5.0.2.p1", strides="row")
-    yield case("compress_store", _compress_store_loose, "quick", kind="csa", ragged="few", strides="one")
+    yield case("compress_store", _compress_store, "interpreted", kind="csa", ragged="5.0.2.p1", strides="row")
+    yield case("compress_store", _compress_store, "quick", kind="csa", ragged="few", strides="one")
     for kind in ("csa", "index"):
         yield differentiated(case("compress_store", _compress_store, "interpreted", kind=kind, ragged="5.0.2"))
 
@@ -383,9 +373,6 @@ def _compress_store(
     return held(ops, "index" if kind == "index" else "kv", kv, batches[-1])
 
 
-_compress_store_loose = strided("compress_store", _compress_store)
-
-
 def kv_norm_rope_store() -> Cases:
     for ragged in RAGGED:
         yield case("kv_norm_rope_store", _kv_norm_rope_store, size_of(ragged, real=True), ragged=ragged)
@@ -395,7 +382,7 @@ def kv_norm_rope_store() -> Cases:
         given = {"ragged": ragged, "small": True, "reused": True}
         yield case("kv_norm_rope_store", _kv_norm_rope_store, size_of(ragged), **given)
     for strides in ("one", "row"):
-        yield case("kv_norm_rope_store", _kv_norm_rope_store_loose, ragged="few", small=True, strides=strides)
+        yield case("kv_norm_rope_store", _kv_norm_rope_store, ragged="few", small=True, strides=strides)
     for ragged in ("3at2303.1at1000", "60at30.p2"):
         yield case("kv_norm_rope_store", _kv_norm_rope_store, "full", ragged=ragged)
     yield differentiated(case("kv_norm_rope_store", _kv_norm_rope_store, ragged="5.0.2", small=True))
@@ -413,6 +400,3 @@ def _kv_norm_rope_store(
         kv = ops.kv_norm_rope_store(rows, gain, 1e-6, tables, layout, batch, kv)
     assert kv is not None
     return held(ops, "kv", kv, batches[-1])
-
-
-_kv_norm_rope_store_loose = strided("kv_norm_rope_store", _kv_norm_rope_store)

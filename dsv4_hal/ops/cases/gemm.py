@@ -14,11 +14,11 @@ from dsv4_hal.ops.cases.inputs import (
     Results,
     case,
     differentiated,
+    drawn,
     nans,
     normal,
     place,
     quantised,
-    strided,
     weight,
     yes,
 )
@@ -43,14 +43,14 @@ def quantize() -> Cases:
         yield case("quantize", _quantize, "quick", format=name, rows=5, columns=40, values="normal")  # less than one
         yield case("quantize", _quantize, format=name, rows=0, columns=64, values="normal")
         yield case("quantize", _quantize_strided, "quick", format=name, rows=6, columns=128)
-        yield case("quantize", _quantize_loose, "quick", format=name, rows=6, columns=96, values="ties", strides="row")
+        yield case("quantize", _quantize, "quick", format=name, rows=6, columns=96, values="ties", strides="row")
         yield case("quantize", _quantize, "full", format=name, rows=64, columns=7168, values="edges")
     yield case("quantize", _quantize, format="e4m3_1x128", rows=6, columns=128, values="ties")
     yield case("quantize", _quantize, format="mxfp4", rows=6, columns=128, values="ties")
 
 
 def _quantize(ops: Resolved, generator: torch.Generator, format: str, rows: int, columns: int, values: str) -> Results:
-    x = torch.randn(rows, columns, generator=generator)
+    x = drawn(generator, (rows, columns))
     if values == "ties":  # halfway between two codes once scaled by the power of two that the largest value brings
         x = torch.randint(-24, 25, (rows, columns), generator=generator) / 4
     if values == "edges":  # zeros, tiny blocks under the floor, one large value in the last block
@@ -63,9 +63,6 @@ def _quantize(ops: Resolved, generator: torch.Generator, format: str, rows: int,
 
 def _quantize_strided(ops: Resolved, generator: torch.Generator, format: str, rows: int, columns: int) -> Results:
     return codes(ops.quantize(normal(ops, generator, columns, rows).T, FORMATS[format]))
-
-
-_quantize_loose = strided("quantize", _quantize)
 
 
 def dequantize() -> Cases:
@@ -116,7 +113,7 @@ def linear() -> Cases:
         yield differentiated(case("linear", _linear, format=name, tokens=3, inputs=160, outputs=200))
         for tokens in (64, 128, 129):
             yield case("linear", _linear, "quick", format=name, tokens=tokens, inputs=128, outputs=130)
-        yield case("linear", _linear_loose, few, format=name, tokens=5, inputs=128, outputs=96, strides="row")
+        yield case("linear", _linear, few, format=name, tokens=5, inputs=128, outputs=96, strides="row")
         yield case("linear", _linear, "full", format=name, tokens=17, inputs=4096, outputs=1024)
     yield case("linear", _linear, "quick", format="e4m3_128x128", tokens=4, inputs=4096, outputs=512)
     for name, inputs, outputs in MATRICES:
@@ -129,9 +126,6 @@ def linear() -> Cases:
 def _linear(ops: Resolved, generator: torch.Generator, format: str, tokens: int, inputs: int, outputs: int) -> Results:
     w = weight(ops, generator, format, outputs, inputs)
     return {"y": ops.linear(normal(ops, generator, tokens, inputs), w)}
-
-
-_linear_loose = strided("linear", _linear)
 
 
 def _linear_other(ops: Resolved, generator: torch.Generator, format: str, how: str) -> Results:
@@ -157,7 +151,7 @@ def grouped_linear() -> Cases:
     yield case("grouped_linear", _grouped, format="bf16", rows="1.2", inputs=64, outputs=32, out=True)
     yield case("grouped_linear", _grouped, format="mxfp4", rows="1.2", inputs=64, outputs=32, wide=True)
     for strides in ("one", "row"):
-        yield case("grouped_linear", _grouped_loose, format="mxfp4", rows="1.2", inputs=64, outputs=32, strides=strides)
+        yield case("grouped_linear", _grouped, format="mxfp4", rows="1.2", inputs=64, outputs=32, strides=strides)
     for name, rows, inputs, outputs in (
         ("mxfp4", "5.0.12", 4096, 4096),
         ("mxfp4", "5.0.12", 2048, 4096),
@@ -192,9 +186,6 @@ def _grouped(
     return {"y": y, "written": target, "same": yes(ops, y is target)}
 
 
-_grouped_loose = strided("grouped_linear", _grouped)
-
-
 def block_diagonal_linear() -> Cases:
     for name in WEIGHT_FORMATS:
         yield differentiated(
@@ -210,7 +201,7 @@ def block_diagonal_linear() -> Cases:
     for strides in ("one", "row"):
         yield case(
             "block_diagonal_linear",
-            _diagonal_loose,
+            _diagonal,
             format="bf16",
             tokens=4,
             groups=2,
@@ -241,9 +232,6 @@ def _diagonal(
     target = nans(ops, tokens, groups, outputs)
     y = ops.block_diagonal_linear(x, w, out=target)
     return {"y": y, "written": target, "same": yes(ops, y is target)}
-
-
-_diagonal_loose = strided("block_diagonal_linear", _diagonal)
 
 
 def embedding() -> Cases:

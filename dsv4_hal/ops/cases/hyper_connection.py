@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsv4_hal.ops.cases.inputs import TOKENS, Results, case, differentiated, normal, strided
+from dsv4_hal.ops.cases.inputs import TOKENS, Results, case, differentiated, normal
 
 if TYPE_CHECKING:
     from dsv4_hal.dispatch import Resolved
@@ -36,7 +36,7 @@ def hc_pre() -> Cases:
     for width in (4096, 7168):
         yield case("hc_pre", _hc_pre, "full", tokens=64, streams=4, width=width, iters=20)
     for strides in ("one", "row"):
-        yield case("hc_pre", _hc_pre_loose, tokens=3, streams=4, width=40, iters=3, strides=strides)
+        yield case("hc_pre", _hc_pre, tokens=3, streams=4, width=40, iters=3, strides=strides)
 
 
 def _hc_pre(
@@ -54,9 +54,6 @@ def _hc_pre(
     return {"x": y, "post": post, "comb": comb}
 
 
-_hc_pre_loose = strided("hc_pre", _hc_pre)
-
-
 def hc_post() -> Cases:
     for tokens in TOKENS:
         yield case("hc_post", _hc_post, tokens=tokens, streams=4, width=128)
@@ -67,7 +64,7 @@ def hc_post() -> Cases:
     for width in (4096, 7168):
         yield case("hc_post", _hc_post, "full", tokens=64, streams=4, width=width)
     for strides in ("one", "row"):
-        yield case("hc_post", _hc_post_loose, tokens=3, streams=4, width=40, strides=strides)
+        yield case("hc_post", _hc_post, tokens=3, streams=4, width=40, strides=strides)
 
 
 def _hc_post(ops: Resolved, generator: torch.Generator, tokens: int, streams: int, width: int) -> Results:
@@ -76,9 +73,6 @@ def _hc_post(ops: Resolved, generator: torch.Generator, tokens: int, streams: in
     post = normal(ops, generator, tokens, streams, dtype=wide)
     comb = normal(ops, generator, tokens, streams, streams, dtype=wide)
     return {"streams": ops.hc_post(y, x, post, comb)}
-
-
-_hc_post_loose = strided("hc_post", _hc_post)
 
 
 def hc_head() -> Cases:
@@ -90,7 +84,7 @@ def hc_head() -> Cases:
     for width in (4096, 7168):
         yield case("hc_head", _hc_head, "full", tokens=64, streams=4, width=width)
     for strides in ("one", "row"):
-        yield case("hc_head", _hc_head_loose, tokens=3, streams=4, width=40, strides=strides)
+        yield case("hc_head", _hc_head, tokens=3, streams=4, width=40, strides=strides)
 
 
 def _hc_head(
@@ -98,9 +92,6 @@ def _hc_head(
 ) -> Results:
     x = normal(ops, generator, tokens, streams, width)
     return {"y": ops.hc_head(x, *_mixing(ops, generator, streams, streams * width, 1, spread), EPS, EPS)}
-
-
-_hc_head_loose = strided("hc_head", _hc_head)
 
 
 def hc_pre_norm() -> Cases:
@@ -113,7 +104,7 @@ def hc_pre_norm() -> Cases:
     for width in (4096, 7168):
         yield case("hc_pre_norm", _hc_pre_norm, "full", tokens=64, streams=4, width=width, iters=20)
     for strides in ("one", "row"):
-        yield case("hc_pre_norm", _hc_pre_norm_loose, tokens=3, streams=4, width=40, iters=3, strides=strides)
+        yield case("hc_pre_norm", _hc_pre_norm, tokens=3, streams=4, width=40, iters=3, strides=strides)
 
 
 def _hc_pre_norm(
@@ -130,6 +121,3 @@ def _hc_pre_norm(
     gain = normal(ops, generator, width, dtype=torch.float32)
     y, post, comb = ops.hc_pre_norm(x, *mixing, iters, EPS, EPS, gain)
     return {"x": y, "post": post, "comb": comb}
-
-
-_hc_pre_norm_loose = strided("hc_pre_norm", _hc_pre_norm)

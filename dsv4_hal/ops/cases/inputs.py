@@ -11,8 +11,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, wraps
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,49 +37,94 @@ NAN = float("nan")
 MARGIN = 64  # elements in front of and behind a tensor to write to
 
 
-def case(op: str, run: Callable[..., Results], size: str = "tiny", /, **parameters: object) -> Case:
-    """A case that calls run(ops, generator, **parameters), named after its parameters."""
-    listed = ",".join(f"{name}={value}" for name, value in parameters.items())
-    return Case(f"{op}[{listed}]", partial(run, **parameters), size)
+STRIDES = ("", "one", "row", "permuted", "expanded", "offset")
 
 
-def strided(op: str, run: Callable[..., Results]) -> Callable[..., Results]:
-    """`run`, with one more parameter, `strides`: what the op is called with is no longer contiguous.
+def case(op: str, run: Callable[..., Results], size: str = "tiny", /, **parameters: Any) -> Case:
+    """A case that calls run(ops, generator, **parameters), named after its parameters.
 
-    Every floating tensor that it only reads has its values in place, and NaN between its rows: gaps of one element
-    ("one": nothing is aligned, and no row), or of a row ("row": a slice of a fused projection).
+    One parameter goes with every function, and is not passed on:
+    strides  how the tensors that the op only reads, and `out`, lie in memory; values stay what they are, but for
+             "expanded". Between them, where there is room, lies what nobody may read: NaN, and ids that are none.
+             "one"       a gap of one element between rows: nothing is aligned
+             "row"       a gap of a row between rows: a slice of a fused projection
+             "permuted"  the last axis is the slowest: a transposed tensor
+             "expanded"  floating tensors repeat their first row with stride 0
+             "offset"    contiguous, and begins one element into its memory
     """
-
-    @wraps(run)
-    def loose(ops: Resolved, generator: torch.Generator, strides: str, **parameters: object) -> Results:
-        called, signature = getattr(ops, op), inspect.signature(OPS[op].definition)
-
-        def call(*args: object, **kwargs: object) -> object:
-            bound = signature.bind(None, *args, **kwargs)
-            for name, value in bound.arguments.items():
-                if name not in ("out", "state"):
-                    bound.arguments[name] = _loosened(value, strides)
-            return called(*bound.args[1:], **bound.kwargs)
-
-        setattr(ops, op, call)
-        try:
-            return run(ops, generator, **parameters)
-        finally:
-            setattr(ops, op, called)
-
-    plain = inspect.signature(run)
-    more = inspect.Parameter("strides", inspect.Parameter.KEYWORD_ONLY, annotation="str")
-    loose.__signature__ = plain.replace(parameters=[*plain.parameters.values(), more])  # type: ignore[attr-defined]
-    return loose
+    listed = ",".join(f"{name}={value}" for name, value in parameters.items())
+    passed = {name: value for name, value in parameters.items() if name != "strides"}
+    called = partial(run, **passed)
+    if strides := parameters.get("strides"):
+        if strides not in STRIDES:
+            raise ValueError(f"strides={strides}: there are {', '.join(STRIDES[1:])}")
+        called = partial(_loose, op, strides, called)
+    return Case(f"{op}[{listed}]", called, size, function=run, parameters=parameters)
 
 
-def _loosened(value: object, strides: str) -> object:
-    if isinstance(value, tuple) and type(value) is tuple:  # tables of cosines and sines
+def _loose(op: str, strides: str, run: Callable[..., Results], ops: Resolved, generator: torch.Generator) -> Results:
+    """`run`, with an op that is called with tensors that lie otherwise in memory."""
+    called, signature = getattr(ops, op), inspect.signature(OPS[op].definition)
+
+    def call(*args: object, **kwargs: object) -> object:
+        bound = signature.bind(None, *args, **kwargs)
+        out = bound.arguments.get("out")
+        for name, value in bound.arguments.items():
+            if name != "state":
+                bound.arguments[name] = _loosened(value, "row" if name == "out" and strides == "expanded" else strides)
+        result = called(*bound.args[1:], **bound.kwargs)
+        if not isinstance(out, Tensor):
+            return result
+        loose = bound.arguments["out"]
+        out.copy_(loose)
+        parts = result if isinstance(result, tuple) else (result,)
+        handed = tuple(out if part is loose else part for part in parts)
+        return handed if isinstance(result, tuple) else handed[0]
+
+    setattr(ops, op, call)
+    try:
+        return run(ops, generator)
+    finally:
+        setattr(ops, op, called)
+
+
+def _loosened(value: Any, strides: str) -> Any:
+    if type(value) is tuple:  # tables of cosines and sines
         return tuple(_loosened(part, strides) for part in value)
-    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
+    if type(value) is QTensor and value.scale is not None:  # an activation; a Weight lies as its backend wants it
+        if strides == "expanded":
+            return value
+        return replace(value, data=_loosened(value.data, strides), scale=_loosened(value.scale, strides))
+    from dsv4_hal.ops.cache import KV
+
+    if isinstance(value, KV) and not value.paged:
+        return replace(value, data=_loosened(value.data, "" if strides == "expanded" else strides))
+    if not strides or not isinstance(value, Tensor) or not value.dim() or not value.numel():
         return value
-    gap = {"one": 1, "row": value.shape[-1]}[strides]
-    return torch.cat([value, value.new_full((*value.shape[:-1], gap), NAN)], -1)[..., : value.shape[-1]]
+    if strides == "expanded":
+        return value[:1].expand_as(value) if value.is_floating_point() else value
+    if strides == "permuted" and value.dim() > 1:
+        axes = tuple(range(value.dim() - 1, -1, -1))
+        return value.permute(axes).contiguous().permute(axes)
+    if strides == "offset":
+        memory = _nothing(value, (value.numel() + 1,))
+        memory[1:] = value.reshape(-1)
+        return memory[1:].view(value.shape)
+    gap = value.shape[-1] if strides == "row" else 1
+    if value.dim() == 1:  # its elements are the rows
+        memory = torch.stack([value, _nothing(value, value.shape)], -1)
+        return memory[:, 0]
+    memory = torch.cat([value, _nothing(value, (*value.shape[:-1], gap))], -1)
+    return memory[..., : value.shape[-1]]
+
+
+def _nothing(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """What nobody may read: NaN, or a number far beyond every table."""
+    if like.is_floating_point():
+        return torch.full(tuple(shape), NAN, device=like.device).to(like.dtype)
+    if like.dtype.itemsize == 1:
+        return torch.full(tuple(shape), 0x7F, dtype=torch.uint8, device=like.device).view(like.dtype)
+    return like.new_full(tuple(shape), torch.iinfo(like.dtype).max // 2)
 
 
 def differentiated(case: Case) -> Case:
@@ -87,11 +132,82 @@ def differentiated(case: Case) -> Case:
     return replace(case, grad=True)
 
 
+def _by_row(x: Tensor, generator: torch.Generator, spread: float) -> Tensor:
+    """Every row by a power of two of its own."""
+    size = (torch.rand(x.shape[:-1], generator=generator) * 2 - 1) * spread
+    return x * torch.exp2(size.round())[..., None]
+
+
+def _by_group(x: Tensor, generator: torch.Generator, spread: float) -> Tensor:
+    """Every 32 columns of a row by a power of two of their own."""
+    groups = -(-x.shape[-1] // 32)
+    size = (torch.rand(*x.shape[:-1], groups, generator=generator) * 2 - 1) * spread
+    return x * torch.exp2(size.round()).repeat_interleave(32, -1)[..., : x.shape[-1]]
+
+
+def _zeros(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Every third row is zero, every second group of 32 of the others, and some zeros have a sign."""
+    kept = torch.rand(*x.shape[:-1], -(-x.shape[-1] // 32), generator=generator) < 0.5
+    x = x * kept.repeat_interleave(32, -1)[..., : x.shape[-1]]
+    rows = x.reshape(-1, x.shape[-1]).clone() if x.numel() else x
+    rows[::3] *= 0  # of negative numbers: -0
+    return rows.view(x.shape)
+
+
+def _outlier(x: Tensor, generator: torch.Generator) -> Tensor:
+    """One value of every 128 columns is 1,024 times as large as the others."""
+    x = x.clone()
+    for first in range(0, x.shape[-1], 128):
+        width = min(128, x.shape[-1] - first)
+        x[..., first + int(torch.randint(width, (), generator=generator))] *= 1024
+    return x
+
+
+def _equal(x: Tensor, generator: torch.Generator) -> Tensor:
+    """All of 32 columns are one value."""
+    return x[..., ::32].repeat_interleave(32, -1)[..., : x.shape[-1]].clone()
+
+
+def _codes(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Only the largest codes of e4m3 and e2m1, and their neighbours."""
+    top = torch.tensor([448.0, 416.0, 6.0, 4.0, 0.0])
+    chosen = top[torch.randint(len(top), x.shape, generator=generator)]
+    return torch.where(x < 0, -chosen, chosen)
+
+
+# Other values than N(0, 1): name -> what becomes of normal values [..., columns].
+DRAWN: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "normal": lambda x, generator: x,
+    "zeros": _zeros,
+    "outlier": _outlier,
+    "rows": lambda x, generator: _by_row(x, generator, 10.0),
+    "groups": lambda x, generator: _by_group(x, generator, 10.0),
+    "equal": _equal,
+    "codes": _codes,
+    "tiny": lambda x, generator: x * 2.0**-100,
+    "subnormal": lambda x, generator: x * 2.0**-127,
+}
+VALUES = tuple(DRAWN)
+
+
+def drawn(generator: torch.Generator, shape: Sequence[int], values: str = "normal") -> Tensor:
+    """Values of a kind of DRAWN, float32 on the CPU. The same on every machine: uniform numbers are, and the rest is
+    float64 arithmetic, whose last bit is lost in float32."""
+    u = torch.rand(tuple(shape), generator=generator, dtype=torch.float64)
+    x = (torch.erfinv((2 * u - 1).clamp(-1 + 2.0**-53, 1 - 2.0**-53)) * math.sqrt(2)).float()
+    return DRAWN[values](x, generator)
+
+
 def normal(
-    ops: Resolved, generator: torch.Generator, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0
+    ops: Resolved,
+    generator: torch.Generator,
+    *shape: int,
+    dtype: torch.dtype | None = None,
+    scale: float = 1.0,
+    values: str = "normal",
 ) -> Tensor:
-    """Normal values with standard deviation `scale`, in numerics.storage by default."""
-    return place(ops, torch.randn(shape, generator=generator) * scale, dtype)
+    """Values of a kind of DRAWN times `scale`, in numerics.storage by default."""
+    return place(ops, drawn(generator, shape, values) * scale, dtype)
 
 
 def whole(
@@ -123,7 +239,7 @@ def ids(ops: Resolved, generator: torch.Generator, tokens: int, k: int, count: i
 
 def quantised(ops: Resolved, generator: torch.Generator, format: str, *shape: int, spread: float = 3.0) -> QTensor:
     """Values in a format. Magnitudes differ from column to column by powers of two, so that no two scales are alike."""
-    values = torch.randn(shape, generator=generator)
+    values = drawn(generator, shape)
     values *= torch.exp2((torch.rand(shape[-1], generator=generator) * spread).floor() - spread)
     q = quantize(values, FORMATS[format])
     return QTensor(q.data.to(ops.device), None if q.scale is None else q.scale.to(ops.device), q.format)
@@ -270,11 +386,18 @@ def count_rows(batch: Batch, ratio: int) -> int:
     return batch.tokens if ratio == 1 else batch.require_plan().entries[ratio].count
 
 
-def token_rows(ops: Resolved, generator: torch.Generator, batch: Batch, *shape: int, scale: float = 1.0) -> Tensor:
-    """Normal values for every token; NaN for padding tokens, which no sequence may notice."""
-    values = torch.randn(batch.tokens, *shape, generator=generator) * scale
-    values[batch.seq_host < 0] = NAN
-    return place(ops, values)
+def token_rows(
+    ops: Resolved,
+    generator: torch.Generator,
+    batch: Batch,
+    *shape: int,
+    scale: float = 1.0,
+    values: str = "normal",
+) -> Tensor:
+    """Values for every token, as of `normal`; NaN for padding tokens, which no sequence may notice."""
+    rows = drawn(generator, (batch.tokens, *shape), values) * scale
+    rows[batch.seq_host < 0] = NAN
+    return place(ops, rows)
 
 
 def used_pool(ops: Resolved, generator: torch.Generator, layout: RowLayout, batch: Batch) -> KV | None:

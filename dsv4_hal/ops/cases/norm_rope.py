@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dsv4_hal.ops.cases.inputs import TOKENS, Results, angles, case, differentiated, nans, normal, strided, yes
+from dsv4_hal.ops.cases.inputs import TOKENS, Results, angles, case, differentiated, nans, normal, yes
 
 if TYPE_CHECKING:
     from dsv4_hal.dispatch import Resolved
@@ -25,7 +25,7 @@ def rms_norm() -> Cases:
             yield case("rms_norm", _norm, "full", weighted=weighted, tokens=64, width=width)
         yield case("rms_norm", _norm, weighted=weighted, tokens=3, width=100, how="strided")
         for strides in ("one", "row"):
-            yield case("rms_norm", _norm_loose, weighted=weighted, tokens=3, width=64, strides=strides)
+            yield case("rms_norm", _norm, weighted=weighted, tokens=3, width=64, strides=strides)
         yield case("rms_norm", _norm, weighted=weighted, tokens=3, width=96, how="out")
 
 
@@ -51,9 +51,6 @@ def _norm(
     return {"y": ops.rms_norm(x, weight, 1e-6)}
 
 
-_norm_loose = strided("rms_norm", _norm)
-
-
 def rope() -> Cases:
     for inverse in (False, True):
         for tokens in TOKENS:
@@ -67,7 +64,7 @@ def rope() -> Cases:
             yield case("rope", _rope, "full", tokens=64, heads=heads, width=512, channels=64, inverse=inverse)
         yield case("rope", _rope, "full", tokens=64, heads=64, width=128, channels=64, inverse=inverse)  # indexer
     for strides in ("one", "row"):
-        yield case("rope", _rope_loose, tokens=3, heads=2, width=96, channels=32, inverse=False, strides=strides)
+        yield case("rope", _rope, tokens=3, heads=2, width=96, channels=32, inverse=False, strides=strides)
     for how in ("strided", "out", "far"):
         yield case("rope", _rope, tokens=5, heads=2, width=96, channels=32, inverse=False, how=how)
 
@@ -96,9 +93,6 @@ def _rope(
     return {"y": ops.rope(x, tables, inverse)}
 
 
-_rope_loose = strided("rope", _rope)
-
-
 def hadamard() -> Cases:
     for tokens in TOKENS:
         yield case("hadamard", _hadamard, "interpreted", tokens=tokens, heads=4, width=128)
@@ -107,14 +101,11 @@ def hadamard() -> Cases:
     yield case("hadamard", _hadamard, "quick", tokens=128, heads=2, width=128)
     yield case("hadamard", _hadamard, "full", tokens=64, heads=64, width=128)
     for strides in ("one", "row"):
-        yield case("hadamard", _hadamard_loose, tokens=3, heads=2, width=32, strides=strides)
+        yield case("hadamard", _hadamard, tokens=3, heads=2, width=32, strides=strides)
 
 
 def _hadamard(ops: Resolved, generator: torch.Generator, tokens: int, heads: int, width: int) -> Results:
     return {"y": ops.hadamard(normal(ops, generator, tokens, heads, width))}
-
-
-_hadamard_loose = strided("hadamard", _hadamard)
 
 
 def q_norm_rope() -> Cases:
@@ -126,7 +117,7 @@ def q_norm_rope() -> Cases:
     for heads in (64, 128):
         yield case("q_norm_rope", _q_norm_rope, "full", tokens=64, heads=heads, width=512, channels=64)
     for strides in ("one", "row"):
-        yield case("q_norm_rope", _q_norm_rope_loose, tokens=3, heads=2, width=96, channels=32, strides=strides)
+        yield case("q_norm_rope", _q_norm_rope, tokens=3, heads=2, width=96, channels=32, strides=strides)
 
 
 def _q_norm_rope(
@@ -134,6 +125,3 @@ def _q_norm_rope(
 ) -> Results:
     tables = angles(ops, torch.randint(5000, (tokens,), generator=generator), channels)
     return {"y": ops.q_norm_rope(normal(ops, generator, tokens, heads, width), 1e-6, tables)}
-
-
-_q_norm_rope_loose = strided("q_norm_rope", _q_norm_rope)

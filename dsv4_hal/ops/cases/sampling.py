@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsv4_hal.ops.cases.inputs import Results, case, device_generator, normal, place, strided, whole, yes
+from dsv4_hal.ops.cases.inputs import Results, case, device_generator, normal, place, whole, yes
 
 if TYPE_CHECKING:
     from dsv4_hal.dispatch import Resolved
@@ -30,15 +30,12 @@ def sample() -> Cases:
     yield case("sample", _greedy, "quick", rows=128, vocabulary=1000)
     yield case("sample", _greedy, "full", rows=8, vocabulary=129280)
     for strides in ("one", "row"):
-        yield case("sample", _greedy_loose, rows=5, vocabulary=50, strides=strides)
+        yield case("sample", _greedy, rows=5, vocabulary=50, strides=strides)
 
 
 def _greedy(ops: Resolved, generator: torch.Generator, rows: int, vocabulary: int) -> Results:
     logits = whole(ops, generator, -2, 2, rows, vocabulary, dtype=ops.numerics.accumulate)
     return {"tokens": ops.sample(logits, 0.0), "again": ops.sample(logits, 0.0, 0.5)}
-
-
-_greedy_loose = strided("sample", _greedy)
 
 
 def _draws(ops: Resolved, generator: torch.Generator, temperature: float, top_p: float, shift: float = 0.0) -> Results:

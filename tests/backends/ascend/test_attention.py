@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,7 @@ from dsv4_hal.backends.ascend import Ascend, sharedkv
 from dsv4_hal.backends.ascend.devices import SOCS, Soc, emulated
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.batch import Batch
-from dsv4_hal.conformance import budget, compare, run_case, widen
+from dsv4_hal.conformance import compare, expect, run_case, widen
 from dsv4_hal.dispatch import Resolved, resolve
 from dsv4_hal.formats import new_pool
 from dsv4_hal.model.checkpoint import init_checkpoint
@@ -64,13 +65,9 @@ def ops_of(backend: Ascend | Reference) -> Resolved:
 
 def agree(backend: Ascend, case: Case) -> None:
     op = OPS[case.id.partition("[")[0]]
-    narrow, wide = (resolve([Reference(n)]) for n in (backend.numerics, widen(backend.numerics)))
-    found = compare(
-        run_case(case, ops_of(backend)),
-        run_case(case, narrow),
-        op.tolerance,
-        budget(case, op.tolerance, narrow, wide),
-    )
+    wide = resolve([Reference(widen(backend.numerics))])
+    expected = expect(partial(run_case, case), wide, backend.numerics.accumulate, op.tolerance)
+    found = compare(run_case(case, ops_of(backend)), expected, op.tolerance)
     assert not {name: c.message for name, c in found.items() if not c.ok}
 
 

@@ -16,7 +16,7 @@ from dsv4_hal.backends.reference import Reference
 from dsv4_hal.conformance.answers import closed_forms, golden
 from dsv4_hal.conformance.answers.known import answers
 from dsv4_hal.conformance.judging import verdict
-from dsv4_hal.conformance.judging.compare import nmse
+from dsv4_hal.conformance.judging.budget import nmse
 from dsv4_hal.conformance.judging.results import Job, Outcome
 from dsv4_hal.conformance.judging.verdict import judge
 from dsv4_hal.conformance.judging.worker import produce
@@ -116,7 +116,7 @@ def test_transformers_is_asked_and_would_object(op: str, monkeypatch: pytest.Mon
     """With an oracle that says the reference's own words, only transformers is left to object."""
     job = Job(op, CASES[op], "exact")
     made = produce(Reference, job)
-    asked = judge("reference", job, made)
+    asked = judge("reference", job, made, exact())
     assert asked.verdict == "agrees" and asked.against == (verdict.NAIVE, transformers_oracle.version())
 
     class Off(transformers_oracle.Transformers):
@@ -132,7 +132,7 @@ def test_transformers_is_asked_and_would_object(op: str, monkeypatch: pytest.Mon
 
     setattr(Off, op, off)
     monkeypatch.setattr(verdict, "_transformers", lambda: resolve([Off(exact())]))
-    told = judge("reference", job, made)
+    told = judge("reference", job, made, exact())
     assert told.verdict == "disagrees" and "by transformers" in told.message, told
 
 
@@ -141,7 +141,7 @@ def test_without_transformers_that_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     found = answers(list(OPS), "")
     assert list(found.unasked) == ["transformers: it is not installed"]
     job = Job("rms_norm", CASES["rms_norm"], "exact")
-    assert judge("reference", job, produce(Reference, job)).against == (verdict.NAIVE,)
+    assert judge("reference", job, produce(Reference, job), exact()).against == (verdict.NAIVE,)
 
 
 # Golden vectors.

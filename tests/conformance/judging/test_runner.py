@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ from torch import Tensor
 from dsv4_hal.backend import BackendError
 from dsv4_hal.backends.reference import Reference
 from dsv4_hal.conformance.judging import verdict, worker
+from dsv4_hal.conformance.judging.backward import intercepted
+from dsv4_hal.conformance.judging.compare import run_case
+from dsv4_hal.conformance.judging.facts import FACTS
 from dsv4_hal.conformance.judging.guard import Misconduct, watch
+from dsv4_hal.conformance.judging.named import named
 from dsv4_hal.conformance.judging.results import Job, Outcome, jobs
 from dsv4_hal.conformance.judging.verdict import conform, judge, run
 from dsv4_hal.conformance.judging.waivers import read_waivers
 from dsv4_hal.conformance.judging.worker import Worker, produce
 from dsv4_hal.dispatch import resolve
+from dsv4_hal.model.config import ModelConfig
 from dsv4_hal.numerics import exact
 from dsv4_hal.ops import OPS, SIZES
 
@@ -166,13 +172,13 @@ def test_everything_is_reported_as_what_it_is(package: Package, capfd: pytest.Ca
 
 
 def test_what_cannot_be_judged_is_an_error_of_that_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(job: Job, got: object) -> None:
+    def broken(*args: object) -> None:
         raise RuntimeError("out of memory")
 
     (job,) = jobs(["hadamard"], "tokens=5", ["exact"])
     made = produce(Reference, job)
     monkeypatch.setattr(verdict, "_of_reference", broken)
-    outcome = judge("reference", job, made)
+    outcome = judge("reference", job, made, exact())
     assert (outcome.verdict, outcome.size) == ("error", job.size)
     assert outcome.message == "it cannot be judged: RuntimeError: out of memory"
 
@@ -185,19 +191,81 @@ class Refusing(Reference):
     name = "refusing"
 
     def supports(self, op, facts):
-        if op in ("hadamard", "rope"):
+        if op == "hadamard" and facts.get("index_head_dim", 0) > 128:
+            return Verdict(False, f"rows of {facts['index_head_dim']}, and 128 fit")
+        if op in ("rms_norm", "linear"):
             return Verdict(False, "no such unit")
+        if op == "hc_post" and facts and facts["o_lora_rank"] > 9:
+            return Verdict(False, "a call does not tell it")
         return super().supports(op, facts)
 
     def hadamard(self, x):
+        assert x.shape[-1] <= 128, "the kernel crashes"
         return super().hadamard(x)
+
+    def hc_post(self, *args):
+        return super().hc_post(*args)
 """
 
 
-def test_a_backend_says_which_of_its_own_ops_it_refuses(package: Package) -> None:
+def test_a_backend_is_asked_with_the_facts_of_the_case(package: Package) -> None:
+    """What it refuses for them runs on the reference, and is not its own; what the arguments do not tell is not asked
+    for."""
     package("refusing", REFUSING, "Refusing")
-    with Worker("refusing", ["exact"]) as worker:
-        assert worker.about.refused == {"hadamard": "no such unit"}  # rope is not its own
+    work = [
+        "hadamard[tokens=5,heads=4,width=128]",
+        "hadamard[tokens=5,heads=4,width=512]",
+        "rms_norm[weighted=True,tokens=5,width=96]",
+        "mlp[format=bf16,tokens=5,limit=2.0]",  # a composite, one of whose parts is refused
+        "hc_post[tokens=5,streams=4,width=128]",
+        "hadamard[tokens=3,heads=4,width=128]",
+    ]
+    found = list(conform("refusing", [Job(case.partition("[")[0], case, "exact") for case in work]))
+    assert [(o.verdict, o.runs_as, o.refused, o.judged) for o in found] == [
+        ("agrees", "native", "", True),
+        ("agrees", "reference", "rows of 512, and 128 fit", False),
+        ("agrees", "reference", "no such unit", False),
+        ("agrees", "composite", "", True),
+        ("agrees", "native", "", True),
+        ("agrees", "native", "", True),
+    ]
+
+
+NOTHING = """
+from dsv4_hal.backend import Verdict
+from dsv4_hal.backends.reference import Reference
+
+class Nothing(Reference):
+    name = "nothing"
+
+    def supports(self, op, facts):
+        kept = op in ("mlp", "moe_experts")  # whose definition is the contract's
+        return Verdict(kept, "not today")
+"""
+
+
+def test_a_composite_of_refused_parts_is_refused(package: Package) -> None:
+    package("nothing", NOTHING, "Nothing")
+    (found,) = conform("nothing", [Job("mlp", "mlp[format=bf16,tokens=5,limit=2.0]", "exact")])
+    assert (found.verdict, found.runs_as, found.refused, found.judged) == ("agrees", "reference", "not today", False)
+
+
+def test_every_op_says_what_its_arguments_tell_by_names_of_config_json() -> None:
+    assert FACTS.keys() == OPS.keys()
+    names = {field.name for field in fields(ModelConfig)}
+    for op in OPS:
+        case = jobs([op], modes=["exact"])[0].case
+        ops, given = resolve([Reference(exact())]), []
+
+        def kept(run: Callable[..., Any], arguments: dict[str, Any], given: list[Any] = given) -> Any:
+            given.append(arguments)
+            return run(arguments)
+
+        with intercepted(ops, op, kept):
+            run_case(named(case), ops)
+        told = FACTS[op](given[0])
+        assert told.keys() <= names, op
+        assert told or op in ("quantize", "dequantize", "state_copy", "state_reset")
 
 
 def test_a_backend_that_cannot_be_used(package: Package) -> None:

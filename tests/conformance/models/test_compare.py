@@ -21,6 +21,7 @@ from dsv4_hal.conformance.workers import container
 from dsv4_hal.conformance.workers.container import BundleError
 from dsv4_hal.model.checkpoint import init_checkpoint
 from dsv4_hal.model.config import preset
+from dsv4_hal.numerics import deployed, exact
 
 Install = Callable[[str], None]
 Package = Callable[[str, str, str], None]
@@ -153,8 +154,8 @@ def test_a_bundle_gives_the_verdicts_of_a_live_run(tiny_dir: Path, install: Inst
         "        return super().sparse_attention(q, kv, sink + 1, *args, **kwargs)\n"
     )
     path, plain = tmp_path / "a.bundle", tmp_path / "plain"
-    model_run.record(path, str(tiny_dir), "vendor", "deployed", SCRIPT, ops=True, progress=silent(""))
-    model_run.record(plain, str(tiny_dir), "reference", "deployed", SCRIPT, progress=silent(""))
+    model_run.record(path, str(tiny_dir), "vendor", deployed(), SCRIPT, ops=True, progress=silent(""))
+    model_run.record(plain, str(tiny_dir), "reference", deployed(), SCRIPT, progress=silent(""))
     (tmp_path / "moved").mkdir()
     moved = path.rename(tmp_path / "moved" / "b")
     found = recorded(str(tiny_dir), moved, "reference", silent)
@@ -168,7 +169,7 @@ def test_a_bundle_gives_the_verdicts_of_a_live_run(tiny_dir: Path, install: Inst
     with pytest.raises(ValueError, match="record it with --ops"):
         bisect_recorded(str(tiny_dir), plain, "reference", silent)
     with pytest.raises(FileExistsError):
-        model_run.record(moved, str(tiny_dir), "reference", "deployed", SCRIPT, progress=silent(""))
+        model_run.record(moved, str(tiny_dir), "reference", deployed(), SCRIPT, progress=silent(""))
 
 
 @pytest.mark.usefixtures("here")
@@ -177,7 +178,7 @@ def test_a_bundle_is_not_its_own_baseline(tiny_dir: Path, install: Install, tmp_
     """Whoever recorded it, it is compared with a run made here."""
     install("    pass\n")
     good, short = tmp_path / "good", Script((tuple(range(3, 20)),), 1)
-    model_run.record(good, str(tiny_dir), backend, "deployed", short, ops=True, progress=silent(""))
+    model_run.record(good, str(tiny_dir), backend, deployed(), short, ops=True, progress=silent(""))
 
     def changed(*parts: str) -> Path:
         """The bundle with what a part made, or an op, made 10 % larger."""
@@ -205,7 +206,7 @@ def test_a_bundle_that_is_not_finite_is_judged_as_far_as_it_goes(
     """Behind the fault the reference gets the bundle's NaN, too, and may refuse it."""
     install("    def swiglu(self, *args, **kwargs):\n        return super().swiglu(*args, **kwargs) * float('nan')\n")
     path, short = tmp_path / "a.bundle", Script((tuple(range(3, 40)),), 1)
-    model_run.record(path, str(tiny_dir), "vendor", "deployed", short, ops=True, progress=silent(""))
+    model_run.record(path, str(tiny_dir), "vendor", deployed(), short, ops=True, progress=silent(""))
     verdicts = {row.name: row.verdict for row in recorded(str(tiny_dir), path, "reference", silent).rows}
     assert verdicts["layers.0.attn"] == "agrees" and verdicts["layers.0.ffn"] == "disagrees"
     assert verdicts["layers.1.attn"] == verdicts["head"] == "error"
@@ -217,7 +218,7 @@ def test_a_bundle_that_is_not_finite_is_judged_as_far_as_it_goes(
 def test_a_bundle_of_another_model_is_refused(tiny_dir: Path, tmp_path: Path) -> None:
     path, other = tmp_path / "a.bundle", tmp_path / "other model"
     init_checkpoint(preset("v4-tiny"), other, dtype="fp8-fp4", seed=0)
-    model_run.record(path, str(tiny_dir), "reference", "exact", Script(((5, 6, 7),), 0), progress=silent(""))
+    model_run.record(path, str(tiny_dir), "reference", exact(), Script(((5, 6, 7),), 0), progress=silent(""))
     with pytest.raises(ValueError, match=r"is not the model that a\.bundle was recorded with"):
         recorded(str(other), path, "reference", silent)
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
@@ -254,7 +255,7 @@ def test_a_backend_that_raises_outside_of_a_part_is_named_with_its_place(
 def test_a_step_that_hangs_is_given_up(tiny_dir: Path, install: Install, tmp_path: Path) -> None:
     install("    def hc_head(self, *args, **kwargs):\n        import time\n        time.sleep(600)\n")
     with pytest.raises(BackendError, match=r"backend vendor: no progress for 1\.\d s, after 0 steps"):
-        model_run.record(tmp_path / "b", str(tiny_dir), "vendor", "exact", Script(((5, 6, 7),), 0), limit=1.0)
+        model_run.record(tmp_path / "b", str(tiny_dir), "vendor", exact(), Script(((5, 6, 7),), 0), limit=1.0)
 
 
 def test_a_process_that_is_lost_is_told(tiny_dir: Path, install: Install) -> None:

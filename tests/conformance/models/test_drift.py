@@ -8,11 +8,13 @@ from torch import Tensor
 from dsv4_hal.conformance.models.drift import Part, _part
 from dsv4_hal.conformance.models.replay import Script
 from dsv4_hal.conformance.models.run import ModelRun
+from dsv4_hal.numerics import deployed
 
 
 def run(logits: Tensor) -> ModelRun:
     seen = {"logits": logits}
-    return ModelRun("vendor", "deployed", {}, Script(((1,),)), {}, {}, {}, {}, [seen], [])
+    profile = deployed().to_dict()
+    return ModelRun("vendor", "deployed", {}, Script(((1,),)), profile, {}, {}, {}, {}, [seen], [])
 
 
 def test_logits_may_show_a_rounding_of_the_row_they_are_sums_of() -> None:

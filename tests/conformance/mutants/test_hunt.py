@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4_hal.conformance.judging.compare import Budget, Comparison
+from dsv4_hal.conformance.judging.compare import Comparison
 from dsv4_hal.conformance.mutants import ENOUGH, Mutant, hunt, mutants
 from dsv4_hal.ops import OPS
 
@@ -68,7 +68,7 @@ def test_a_mutant_that_does_not_fit_its_op_is_not_caught() -> None:
 COMPARE = import_module("dsv4_hal.conformance.judging.compare")  # the package has a function of this name
 BLIND = {
     "bitwise": ("permute", "quantize", "kv_store"),
-    "nmse": ("hc_post", "rms_norm", "sparse_attention"),
+    "close": ("hc_post", "rms_norm", "sparse_attention"),
     "selection": ("index_topk",),
     "statistical": ("sample",),
 }
@@ -84,7 +84,6 @@ def test_a_comparer_that_cannot_fail_is_found(comparer: str, monkeypatch: pytest
 
 
 def test_a_budget_that_holds_everything_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = Budget(float("inf"), float("inf"))
-    monkeypatch.setattr(COMPARE, "derive", lambda *args, **kwargs: everything)
+    monkeypatch.setattr(COMPARE, "outside", lambda got, want, slack: torch.zeros_like(got, dtype=torch.bool))
     with torch.inference_mode():
         assert not any(hunt(mutant).ok for mutant in mutants() if mutant.op == "hc_post" and not mutant.backward)

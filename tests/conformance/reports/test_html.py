@@ -101,12 +101,24 @@ def cell(found: Page, op: str, label: str) -> dict[str, Any]:
     return next(e for e in found.find("a") if e.get("href") == f"#{id}" and "cell" in e.get("class", ""))
 
 
-def test_ops_of_its_own_that_are_not_used_are_told_with_the_reason(tmp_path: Path) -> None:
-    about = replace(ABOUT, refused={"linear": "<b>no</b>", "rope": "<b>no</b>", "swiglu": "it did not run"})
-    found = Page(page([ops(tmp_path / "a", OWN, BORROWED, about=about), ops(tmp_path / "b", SHAPES)]))
+def test_ops_that_are_refused_are_told_with_the_reason(tmp_path: Path) -> None:
+    no = {"runs_as": "reference", "refused": "<b>no</b>"}
+    found = Page(page([ops(tmp_path / "a", replace(OWN, **no), replace(BORROWED, **no)), ops(tmp_path / "b", SHAPES)]))
     chip, null = (next(e for e in found.find("article") if name in e["text"]) for name in ("chip", "null"))
-    assert "Of its own and not used: linear, rope (<b>no</b>)" in chip["text"] and "swiglu" not in chip["text"]
-    assert "not used" not in null["text"]
+    assert "Refused: linear, rope (<b>no</b>)" in chip["text"]
+    assert "○ nothing was judged: the reference ran in its place" in chip["text"]
+    assert "Refused" not in null["text"]
+
+
+def test_a_model_of_which_nothing_was_judged(tmp_path: Path) -> None:
+    run = a_model(tmp_path, Part("chip", None, None, "embed"))
+    told = Page(page([replace(run, head=replace(run.head, unjudged=("chip",)))])).words
+    assert "○ nothing was judged: chip refused every op" in told and "no failures" in Page(page([run])).words
+
+
+def test_remarks_are_told(tmp_path: Path) -> None:
+    about = replace(ABOUT, remarks=("kv_stores is no <b>op</b>",))
+    assert "Remark: kv_stores is no <b>op</b>" in Page(page([ops(tmp_path, OWN, about=about)])).words
 
 
 def test_headlines_stand_as_they_are(tmp_path: Path) -> None:
@@ -294,12 +306,12 @@ def test_results_with_the_same_numbers_stand_together() -> None:
 
 
 def test_stale_and_waived_are_told(tmp_path: Path) -> None:
-    day = datetime.date(2026, 11, 25)
-    waivers = (Waiver("linear[format=mxfp4", "rounds per 32", day), Waiver("rope[n=1", "was wrong once", day))
+    day, last = (datetime.date.today() + datetime.timedelta(days) for days in (-4, 30))
+    waivers = tuple(Waiver(*w, day, last) for w in (("linear[format=mxfp4", "per 32"), ("rope[n=1", "was wrong once")))
     report.write(Run("chip", (OWN, BORROWED, BAD), ABOUT, waivers), tmp_path)
     words = Page(page([read_file(tmp_path / "results.jsonl")])).words
-    assert "⚑ a waiver is stale" in words and "rope[n=1 of 2026-11-25: was wrong once" in words
-    assert "waived 2026-11-25: rounds per 32" in words
+    assert "⚑ a waiver is stale" in words and f"rope[n=1 of {day}: no case of it fails: was wrong" in words
+    assert f"waived {day}: per 32" in words
     report.write(Run("chip", (OWN, BAD), ABOUT, waivers[:1]), tmp_path)
     assert "⚑ waivers cover all failures" in Page(page([read_file(tmp_path / "results.jsonl")])).words
 

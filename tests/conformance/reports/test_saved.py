@@ -36,9 +36,10 @@ OUTCOMES = (
     Outcome("chip", "linear", "linear[n=2]", "exact", "native", "disagrees", "\x1b far", math.inf, NAN),
     Outcome("chip", "rope", "rope[n=1]", "deployed", "reference", "timeout", "\ud800 no result\nafter 3 s"),
 )  # fmt: skip
+DAYS = tuple(datetime.date.today() + datetime.timedelta(days) for days in (-4, 30))
 WAIVERS = (
-    Waiver("rope[", "slow driver", datetime.date(2026, 11, 25)),
-    Waiver("swigul[", "typo", datetime.date(2026, 1, 2)),
+    Waiver("linear[n=2", "slow driver", *DAYS),
+    Waiver("swigul[", "typo", *DAYS),
 )
 ROWS = (
     Part("chip", None, None, "embed"),
@@ -69,10 +70,10 @@ def test_cases_are_read_as_they_were_written(ops: Path) -> None:
     (run,) = read(ops.parent)
     assert isinstance(run, OpsRun) and run.place == ops
     assert run.head.headline == Run("chip", OUTCOMES, ABOUT, WAIVERS).headline
-    assert [(w.case, w.date, w.stale) for w in run.head.waivers] == [
-        (w.case, w.date, i == 1) for i, w in enumerate(WAIVERS)
+    assert [(w.case, w.date, w.expires, w.stale) for w in run.head.waivers] == [
+        (w.case, *DAYS, ("", "no case of it fails")[i]) for i, w in enumerate(WAIVERS)
     ]
-    assert [o.waived for o in run.outcomes] == [False, False, True]
+    assert [o.waived for o in run.outcomes] == [False, True, False]
     first, second, third = run.outcomes
     for name in (
         "backend",

@@ -33,7 +33,8 @@ def tell(line):
         "path": sys.path, "arguments": sys.argv, "input": os.readlink("/proc/self/fd/0"),
         "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
         "cuda": torch.cuda.is_initialized(),
-        "blocked": signal.pthread_sigmask(signal.SIG_BLOCK, []), "handler": signal.getsignal(signal.SIGINT),
+        "blocked": [int(s) for s in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
+        "handler": repr(signal.getsignal(signal.SIGINT)),
         "alone": os.getsid(0) == os.getpgid(0) == os.getpid(),
     }
     backends = sorted(name for name in sys.modules if name.partition(".")[0] in ("triton", "jax", "torch_npu")
@@ -87,7 +88,7 @@ def test_a_process_has_the_surroundings_of_who_starts_it(
     monkeypatch.setattr(sys, "argv", ["given"])
     told, backends, parent, drawn = answer(tasks.tell)
     assert (told["variable"], told["folder"], told["path"][0]) == ("for this one\n", str(tmp_path), str(tmp_path))
-    assert told["environment"].items() <= os.environ.items() and told["alone"] and told["blocked"] == {signal.SIGINT}
+    assert told["environment"].items() <= os.environ.items() and told["alone"] and told["blocked"] == [signal.SIGINT]
     output = capfd.readouterr()
     assert output == ("to output\n", "to error\n")
     assert backends == [] and parent != os.getpid()

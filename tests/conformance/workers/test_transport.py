@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections import Counter
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from dsv4_hal.conformance.workers.transport import pack, unpack
+from dsv4_hal.conformance.judging.results import Extent
+from dsv4_hal.conformance.workers.transport import Foreign, pack, plain, unpack
 
 X = torch.arange(24.0).view(2, 3, 4)
 
@@ -36,3 +43,22 @@ def test_a_tensor_arrives_with_its_strides(t: Tensor) -> None:
 def test_what_is_no_tensor_is_told(value: object, told: str) -> None:
     with pytest.raises(TypeError, match=f"y: returned {told}, expected a tensor"):
         pack({"y": value})  # type: ignore[dict-item]
+
+
+def test_what_is_sent_is_data() -> None:
+    sent = (3, "text", [None, {"a": (1.5, True)}], torch.bfloat16, pack({"y": X}), Extent("tiny"), ValueError("no"))
+    *data, error = plain(bytes(ForkingPickler.dumps(sent)))
+    assert data == list(sent[:-1]) and repr(error) == "ValueError('no')"
+
+
+@pytest.mark.parametrize("sent", [os.system, Path("a"), torch.Size((1,)), torch.ones(2), Extent.__init__, Counter("a")])
+def test_what_is_more_than_data_is_foreign(sent: object) -> None:
+    with pytest.raises(Foreign, match="it sent what is no plain data: UnpicklingError: "):
+        plain(bytes(ForkingPickler.dumps(sent)))
+
+
+def test_no_module_is_loaded_for_what_is_sent() -> None:
+    assert "this" not in sys.modules
+    with pytest.raises(Foreign, match=r"this\.s"):
+        plain(b"cthis\ns\n.")
+    assert "this" not in sys.modules
