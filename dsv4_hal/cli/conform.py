@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,6 +55,12 @@ def conform(
     limit: Limit = 60.0,
     generate: Annotated[int, typer.Option(help="Draw so many cases of every op instead.", min=0, max=100000)] = 0,
     seed: Annotated[int | None, typer.Option(help="Of what --generate draws; default 0.")] = None,
+    soak: Annotated[
+        int,
+        typer.Option(
+            help="Call every op so often on a few small cases instead: the same to the bit?", min=0, max=10**9
+        ),
+    ] = 0,
     golden: Annotated[
         Path | None, typer.Option(help="Golden vectors, for the reference; default tests/data/tiny of the sources.")
     ] = None,
@@ -77,7 +84,7 @@ def conform(
     from dsv4_hal.conformance.reports.report import Run
 
     if mutants:
-        others = (op, pattern, mode, grad, out, show_cases, golden, generate, seed is not None)
+        others = (op, pattern, mode, grad, out, show_cases, golden, generate, seed is not None, soak)
         if any(others) or (backend, size, limit) != ("reference", "quick", LIMIT):
             raise ValueError(
                 "--mutants runs all wrong backends on the cases of their ops; it goes with no other option"
@@ -87,12 +94,14 @@ def conform(
         raise ValueError("--generate draws cases of its own: it does not go with -p, --grad or --list")
     if seed is not None and not generate:
         raise ValueError("--seed goes with --generate")
+    if soak and (generate or grad or show_cases):
+        raise ValueError("--soak repeats calls of a few cases: it does not go with --generate, --grad or --list")
     known = Answers()
-    if backend == FALLBACK and not grad and not generate:
+    if backend == FALLBACK and not grad and not generate and not soak:
         one = known_mode(mode)
         known = answers(chosen_ops(op or ()), pattern, (one,) if one else MODES, golden)
     elif golden is not None:
-        raise ValueError("--golden goes with --backend reference, and not with --grad or --generate")
+        raise ValueError("--golden goes with --backend reference, and not with --grad, --generate or --soak")
     if known.ids and any(what in pattern for what in ("form=", "golden=")):
         known_size(size)
         work = []  # the pattern names answers that are known beforehand, and no case
@@ -114,6 +123,10 @@ def conform(
             ops, modes = {job.op: None for job in work}, results.modes(work)
             total, bar = generate * len(ops) * len(modes), progress(len(ops), "ops")
             found = _drawn(worker, list(ops), generate, modes, extent, limit)
+        elif soak:
+            extent = results.Extent(extent.size, extent.affords, soak=soak)
+            total = len({job.op for job in work})
+            bar, found = progress(total, "ops"), _soaked(worker, work, soak, limit)
         else:
             total = len(work) + len(known.ids)
             bar, found = progress(total), _listed(worker, work, known.outcomes(), limit)
@@ -146,6 +159,18 @@ def _drawn(
         yield from generate(worker, ops, count, modes, extent.classes[-1], extent.seed or 0, limit)
     except ImportError as error:
         raise RuntimeError(f"--generate needs hypothesis: pip install 'dsv4-hal[fuzz]' ({error})") from error
+
+
+def _soaked(worker: Worker, work: Sequence[Job], calls: int, limit: float) -> Iterator[list[Outcome]]:
+    """A few cases of each op, again and again."""
+    from dsv4_hal.conformance.judging.soak import soak
+
+    console, produce = common.console(), partial(worker.produce, limit=limit)
+    for outcomes in soak(worker.backend, produce, worker.about.numerics, work, calls, limit):
+        yield outcomes
+        for outcome in outcomes:
+            if outcome.ok:
+                console.print(escape(f"{outcome.id}: {outcome.message}"), soft_wrap=True, highlight=False)
 
 
 def conclude(run: Run, out: Path | None) -> None:

@@ -79,10 +79,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
+    """soak: make every call of the op so often, the first one numbered so: (first, calls); None: as ever."""
+
     op: str
     case: str
     mode: str
     size: str = "tiny"
+    soak: tuple[int, int] | None = None
 
     @property
     def id(self) -> str:
@@ -131,12 +134,14 @@ class Extent:
     affords  the largest one that the backend affords
     beyond   how many cases were asked for and are left out, because the backend does not afford them
     seed     of cases that were drawn, within the bounds of these classes; None: the contract's were run
+    soak     calls of each op, on a few small cases of these classes; 0: every case was run
     """
 
     size: str = SIZES[-1]
     affords: str = SIZES[-1]
     beyond: int = 0
     seed: int | None = None
+    soak: int = 0
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -147,6 +152,8 @@ class Extent:
         ran = f"size classes {', '.join(self.classes)}"
         if self.seed is not None:
             return f"drawn with seed {self.seed}, as for {ran}"
+        if self.soak:
+            return f"soaked: {self.soak:,} calls of each op, on a few cases of {ran}"
         if not self.beyond:
             return ran
         return f"{ran}; {counted(self.beyond, 'larger case')} not run, since the backend affords {self.affords} at most"

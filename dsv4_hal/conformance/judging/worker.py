@@ -11,7 +11,7 @@ import inspect
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -21,11 +21,12 @@ from dsv4_hal.backend import Backend, BackendError, described
 from dsv4_hal.conformance.judging.backward import NoGradient, gradients
 from dsv4_hal.conformance.judging.compare import Results, run_case
 from dsv4_hal.conformance.judging.facts import Asking, asking
-from dsv4_hal.conformance.judging.guard import Misconduct, restored, state, watch
+from dsv4_hal.conformance.judging.guard import Guard, Misconduct, restored, state
 from dsv4_hal.conformance.judging.named import named
 from dsv4_hal.conformance.judging.profiles import known
+from dsv4_hal.conformance.judging.rehearsal import FEW, ROUND, SHORT, Unsteady, due, rehearsed, repeated
 from dsv4_hal.conformance.judging.remarks import remarks
-from dsv4_hal.conformance.judging.results import GRAD, About, Job, Produced, about_of, profile
+from dsv4_hal.conformance.judging.results import GRAD, About, Job, Produced, about_of, profile, up_to
 from dsv4_hal.conformance.judging.trace import trace
 from dsv4_hal.conformance.workers.process import STARTING, Child, Line, Lost, in_words
 from dsv4_hal.conformance.workers.transport import Foreign, Packed, pack
@@ -182,7 +183,7 @@ def _about(cls: type[Backend], modes: Sequence[str]) -> About:
     profiles = {}
     for mode in modes:
         select([cls.name], profile(mode))
-        profiles[mode] = _candidate(cls, mode).numerics.to_dict()
+        profiles[mode] = _candidate(cls).asking(mode).numerics.to_dict()
     if GRAD in modes and not cls.differentiable:
         raise BackendError(f"backend {cls.name} has no gradients: it says of itself that it is for inference only")
     if cls.affords not in SIZES:
@@ -194,24 +195,58 @@ def _about(cls: type[Backend], modes: Sequence[str]) -> About:
     return About(waivers, profiles, environment([cls.name]), cls.affords, remarks(cls))
 
 
-_CANDIDATES: dict[tuple[type[Backend], str], Asking] = {}
+@dataclass
+class _Candidate:
+    """A backend that is put to the test.
+
+    ops     of each mode: the backend's, with the reference behind it for what it refuses, watched
+    guard   what watches them
+    rounds  ops whose results have come round, see `rehearsed`
+    """
+
+    cls: type[Backend]
+    ops: dict[str, Asking] = field(default_factory=dict)
+    guard: Guard = field(default_factory=Guard)
+    rounds: set[str] = field(default_factory=set)
+
+    def asking(self, mode: str) -> Asking:
+        if mode not in self.ops:
+            first = self.cls(profile(mode))
+            behind = [] if self.cls.name == FALLBACK else [backend_class(FALLBACK)(first.numerics, first.device)]
+            ops = asking([first, *behind])
+            self.guard.watch(ops)
+            self.ops[mode] = ops
+        return self.ops[mode]
+
+    @contextlib.contextmanager
+    def tested(self, job: Job, ops: Asking) -> Iterator[None]:
+        """What the calls of a case have to stand."""
+        with self.guard.case(), self._more_calls(job, ops):
+            yield
+
+    def _more_calls(self, job: Job, ops: Asking) -> contextlib.AbstractContextManager[None]:
+        if job.soak:
+            return repeated(ops, job.op, *job.soak)
+        if ops.device.type == "meta" or not due(job, self.cls.affords):
+            return contextlib.nullcontext()
+        turns = SHORT if self.cls.affords in up_to(FEW) else ROUND
+        return rehearsed(ops, job.op, self.guard, self.rounds, turns)
 
 
-def _candidate(cls: type[Backend], mode: str) -> Asking:
-    """The ops that are put to the test: the backend's, with the reference behind it for what it refuses, watched."""
-    if (cls, mode) not in _CANDIDATES:
-        first = cls(profile(mode))
-        behind = [] if cls.name == FALLBACK else [backend_class(FALLBACK)(first.numerics, first.device)]
-        ops = asking([first, *behind])
-        watch(ops)
-        _CANDIDATES[cls, mode] = ops
-    return _CANDIDATES[cls, mode]
+_LAST: list[_Candidate] = []  # the one; what it keeps, and what is kept of it, goes with it
+
+
+def _candidate(cls: type[Backend]) -> _Candidate:
+    if not _LAST or _LAST[0].cls is not cls:
+        _LAST[:] = [_Candidate(cls)]
+    return _LAST[0]
 
 
 def produce(cls: type[Backend], job: Job) -> Produced:
     """The results of a case, watched; or what went wrong."""
     try:
-        ops = _candidate(cls, job.mode)
+        candidate = _candidate(cls)
+        ops = candidate.asking(job.mode)
         ops.asked.clear()
     except Exception as error:
         return Produced("", "", None, "error", described(error), trace=trace(error))
@@ -225,10 +260,11 @@ def produce(cls: type[Backend], job: Job) -> Produced:
         return Produced(runs_as, ops.device.type, results, verdict, message, seconds, refused, where)
 
     try:
-        made = produced(pack(results(job, ops)))
+        with candidate.tested(job, ops):
+            made = produced(pack(results(job, ops)))
     except Misconduct as error:
         made = produced(None, "misconduct", str(error))
-    except NoGradient as error:
+    except (NoGradient, Unsteady) as error:
         made = produced(None, "disagrees", str(error))
     except Exception as error:
         made = produced(None, "error", described(error), trace(error))
