@@ -9,6 +9,7 @@ from dsv4_hal.conformance.mutants import (
     moe,
     norm_rope,
     sampling,
+    state,
 )
 from dsv4_hal.conformance.mutants.hunt import ENOUGH, Catch, Mutant, backend_of, hunt, mutant, mutants
 
@@ -28,4 +29,5 @@ __all__ = [
     "mutants",
     "norm_rope",
     "sampling",
+    "state",
 ]

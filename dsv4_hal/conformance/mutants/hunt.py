@@ -14,11 +14,14 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from dsv4_hal.backend import Backend
-from dsv4_hal.conformance.judging.results import GRAD, Outcome, jobs
+from dsv4_hal.conformance.judging.results import GRAD, Outcome, jobs, profile
+from dsv4_hal.conformance.judging.soak import soak
 from dsv4_hal.conformance.judging.verdict import run
+from dsv4_hal.conformance.judging.worker import LIMIT, produce
 from dsv4_hal.numerics import MODES
 from dsv4_hal.registry import FALLBACK, backend_class
 
@@ -27,13 +30,15 @@ ENOUGH = 10.0  # a fault must miss its budget by so much, or fail an exact check
 
 @dataclass(frozen=True)
 class Mutant:
-    """fault: what is wrong, in words; op: the op that is wrong; backward: its gradients are, and its results right."""
+    """fault: what is wrong, in words; op: the op that is wrong; backward: its gradients are, and its results right;
+    soak: calls after which it shows, where it shows in none of the cases."""
 
     name: str
     fault: str
     op: str
     wrong: Callable[..., Any]
     backward: bool = False
+    soak: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ def hunt(mutant: Mutant) -> Catch:
     """Run the cases of the mutant's op until one catches it clearly."""
     right = backend_class(FALLBACK)
     cls = backend_of(mutant, right)
+    if mutant.soak:
+        (outcomes,) = soak(cls.name, partial(produce, cls), profile, jobs([mutant.op]), mutant.soak, LIMIT)
+        return Catch(mutant, next((one for one in outcomes if not one.ok), None))
     best: Outcome | None = None
     for job in jobs([mutant.op], modes=[GRAD] if mutant.backward else reversed(MODES)):
         outcome = run(cls, job)
@@ -77,7 +85,9 @@ def _clarity(outcome: Outcome) -> float:
     """How far beyond its budget."""
     if outcome.verdict == "misconduct":
         return math.inf
-    return outcome.of_budget or 0.0 if outcome.verdict == "disagrees" else 0.0
+    if outcome.verdict != "disagrees":
+        return 0.0
+    return math.inf if outcome.of_budget is None else outcome.of_budget  # None: a call differed from itself
 
 
 def backend_of(mutant: Mutant, right: type[Backend]) -> type[Backend]:
@@ -87,11 +97,13 @@ def backend_of(mutant: Mutant, right: type[Backend]) -> type[Backend]:
     return type(mutant.name, (right,), {"name": mutant.name, mutant.op: method})
 
 
-def mutant(fault: str, op: str, backward: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def mutant(
+    fault: str, op: str, backward: bool = False, soak: int = 0
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a mutant; its name is the function's."""
 
     def declare(wrong: Callable[..., Any]) -> Callable[..., Any]:
-        _ALL.append(Mutant(wrong.__name__, fault, op, wrong, backward))
+        _ALL.append(Mutant(wrong.__name__, fault, op, wrong, backward, soak))
         return wrong
 
     return declare

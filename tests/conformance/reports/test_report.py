@@ -51,7 +51,8 @@ def test_the_headline_says_what_was_not_run() -> None:
     assert some.headline.endswith(told)
     assert told in markdown(some)
     assert json.loads(jsonl(some).splitlines()[0])["sizes"] == {
-        "size": "quick", "affords": "interpreted", "beyond": 220, "seed": None, "classes": ["tiny", "interpreted"],
+        "size": "quick", "affords": "interpreted", "beyond": 220, "seed": None, "soak": 0,
+        "classes": ["tiny", "interpreted"],
     }  # fmt: skip
     drawn = Run("chip", [GOOD], ABOUT, extent=Extent("tiny", seed=7))
     assert drawn.headline.endswith("1 case: 1 agrees; drawn with seed 7, as for size classes tiny")
