@@ -121,7 +121,7 @@ class Attention(ops.Attention):
     def _index_scores(self, q: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
         """q [n, c, H, D], weights [n, c, H], keys [n, K, D] -> [n, c, K]."""
         wide, narrow, (n, c, heads, dim) = self.numerics.accumulate, self.numerics.score, q.shape
-        product = torch.bmm(q.to(wide).view(n, c * heads, dim), rows.to(wide).transpose(1, 2)).to(narrow).relu()
+        product = torch.bmm(q.to(wide).reshape(n, c * heads, dim), rows.to(wide).transpose(1, 2)).to(narrow).relu()
         weighted = product.view(n, c, heads, -1) * weights.to(narrow)[..., None]
         return weighted.to(wide).sum(2).to(narrow).to(wide)
 
@@ -139,7 +139,7 @@ class Attention(ops.Attention):
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         wide = self.numerics.accumulate
-        y = torch.zeros_like(q)
+        y = q.new_zeros(q.shape)
         lse = torch.full(q.shape[:2], float("-inf"), dtype=wide, device=q.device)
         ratio = 1 if entries is None else entries.layout.ratio
         gather, width = reading(q.shape[1], window_kv, entries, picks, batch)
@@ -160,7 +160,7 @@ class Attention(ops.Attention):
         """q [n, c, H, D] over rows [n, K, D], keys and values alike; seen [n, c, K]."""
         wide, (n, c, heads, dim) = self.numerics.accumulate, q.shape
         rows = rows.to(wide)
-        score = torch.bmm(q.to(wide).view(n, c * heads, dim), rows.transpose(1, 2)) * scale
+        score = torch.bmm(q.to(wide).reshape(n, c * heads, dim), rows.transpose(1, 2)) * scale
         score = score.view(n, c, heads, -1).masked_fill(~seen[:, :, None], float("-inf"))
         peak = score.detach().amax(-1, keepdim=True)
         peak = peak.masked_fill(peak == float("-inf"), 0)  # a place without a token sees nothing

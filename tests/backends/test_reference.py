@@ -238,3 +238,24 @@ def test_a_weight_that_another_backend_rearranged_is_refused(op: str) -> None:
     }
     with pytest.raises(ContractError, match="w is arranged as tiled"):
         getattr(EXACT64, op)(*given[op])
+
+
+@pytest.mark.parametrize("op", ["sparse_attention", "index_topk"])
+@pytest.mark.parametrize("numerics", [exact(), deployed()], ids=["exact", "deployed"])
+def test_queries_may_lie_in_any_order(op: str, numerics: Numerics) -> None:
+    """Results are the same, and contiguous. In float64: products of other strides are added in another order."""
+    ops = resolve([Reference(widen(numerics))])
+    run = getattr(ops, op)
+
+    def permuted(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return run(q.permute(2, 1, 0).contiguous().permute(2, 1, 0), *args, **kwargs)
+
+    for case in [case for case in OPS[op].cases() if case.size == "tiny"][:6]:
+        setattr(ops, op, run)
+        want = run_case(case, ops)
+        setattr(ops, op, permuted)
+        got = run_case(case, ops)
+        assert got.keys() == want.keys()
+        for name, t in got.items():
+            assert t.is_contiguous(), (case.id, name)
+            torch.testing.assert_close(t, want[name], equal_nan=True, msg=f"{case.id}: {name}")

@@ -108,7 +108,7 @@ def bitwise(got: Tensor, want: Tensor, device: str | None = None) -> Comparison:
         return _exactly_wrong(wrong)
     if not got.numel():
         return Comparison(True, {"differing": 0.0})
-    a, b = (t.cpu().contiguous().reshape(-1).view(torch.uint8).view(t.numel(), t.itemsize) for t in (got, want))
+    a, b = (t.cpu().contiguous().reshape(-1).unsqueeze(-1).view(torch.uint8) for t in (got, want))
     differs = (a != b).any(1)
     differing = int(differs.sum())
     if not differing:

@@ -202,7 +202,7 @@ def _packed(path: Path, name: str, told: _Result, tensors: Mapping[str, torch.Te
         raise BundleError(f"{path}: {name}: strides {told.strides} do not fit shape {told.shape}")
     if name not in tensors:
         raise BundleError(f"{path}: {name}: its bytes are missing")
-    data = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    data = tensors[name].contiguous().reshape(-1).unsqueeze(-1).view(torch.uint8).numpy().tobytes()
     size = 0 if told.device == "meta" else math.prod(told.shape) * dtype.itemsize
     if len(data) != size:
         raise BundleError(f"{path}: {name}: {len(data)} bytes, and {told.dtype} of shape {told.shape} takes {size}")

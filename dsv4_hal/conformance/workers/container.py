@@ -91,5 +91,5 @@ def checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         t = tensors[name]
         digest.update(f"{name} {t.dtype} {tuple(t.shape)} ".encode())
-        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(t.contiguous().reshape(-1).unsqueeze(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -73,7 +73,7 @@ def _told(value: object) -> str:
 def _bytes(t: Tensor) -> bytes:
     if t.is_meta or not t.numel():
         return b""
-    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return t.detach().cpu().contiguous().reshape(-1).unsqueeze(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _tensor(packed: Packed) -> Tensor:
@@ -93,5 +93,5 @@ def _strided(plain: Tensor, strides: tuple[int, ...]) -> Tensor:
     for dim, (length, stride) in enumerate(zip(plain.shape, strides, strict=True)):
         places += (torch.arange(length) * stride).view(-1, *[1] * (plain.dim() - dim - 1))
     memory = torch.zeros(int(places.max()) + 1, plain.itemsize, dtype=torch.uint8)
-    memory[places.flatten()] = plain.reshape(-1).view(torch.uint8).view(-1, plain.itemsize)
+    memory[places.flatten()] = plain.reshape(-1).unsqueeze(-1).view(torch.uint8)
     return memory.view(-1).view(plain.dtype).as_strided(plain.shape, strides)

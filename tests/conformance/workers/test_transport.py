@@ -31,6 +31,7 @@ X = torch.arange(24.0).view(2, 3, 4)
         X.as_strided((3, 3), (1, 1)),
         X[:0].expand(0, 3, 4),
         (X > 3).T,
+        X.bfloat16()[0, 0, :1].as_strided((1,), (2,)),
     ],
 )
 def test_a_tensor_arrives_with_its_strides(t: Tensor) -> None:
