@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv4_hal.conformance.judging.expected import Expected, largest, outside, rows
+from dsv4_hal.conformance.workers.transport import octets
 from dsv4_hal.numerics import Numerics
 from dsv4_hal.ops.spec import Case, Compare, Tolerance
 
@@ -108,7 +109,7 @@ def bitwise(got: Tensor, want: Tensor, device: str | None = None) -> Comparison:
         return _exactly_wrong(wrong)
     if not got.numel():
         return Comparison(True, {"differing": 0.0})
-    a, b = (t.cpu().contiguous().reshape(-1).unsqueeze(-1).view(torch.uint8) for t in (got, want))
+    a, b = (octets(t.cpu()) for t in (got, want))
     differs = (a != b).any(1)
     differing = int(differs.sum())
     if not differing:

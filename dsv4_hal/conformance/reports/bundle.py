@@ -25,7 +25,7 @@ from dsv4_hal.conformance.judging.results import WHOLE, About, Extent, Job, Prod
 from dsv4_hal.conformance.judging.waivers import Waiver, check
 from dsv4_hal.conformance.workers import container
 from dsv4_hal.conformance.workers.container import BundleError
-from dsv4_hal.conformance.workers.transport import Packed
+from dsv4_hal.conformance.workers.transport import Packed, octets
 from dsv4_hal.ops import OPS, SIZES, cases
 
 
@@ -202,7 +202,7 @@ def _packed(path: Path, name: str, told: _Result, tensors: Mapping[str, torch.Te
         raise BundleError(f"{path}: {name}: strides {told.strides} do not fit shape {told.shape}")
     if name not in tensors:
         raise BundleError(f"{path}: {name}: its bytes are missing")
-    data = tensors[name].contiguous().reshape(-1).unsqueeze(-1).view(torch.uint8).numpy().tobytes()
+    data = octets(tensors[name]).numpy().tobytes()
     size = 0 if told.device == "meta" else math.prod(told.shape) * dtype.itemsize
     if len(data) != size:
         raise BundleError(f"{path}: {name}: {len(data)} bytes, and {told.dtype} of shape {told.shape} takes {size}")

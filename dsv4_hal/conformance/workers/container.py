@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4_hal.conformance.workers.files import whole
+from dsv4_hal.conformance.workers.transport import octets
 
 FORMAT = "4"
 KINDS = {"ops": "cases of the contract (`record`)", "model": "a whole model (`record --model`)"}
@@ -91,5 +91,5 @@ def checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         t = tensors[name]
         digest.update(f"{name} {t.dtype} {tuple(t.shape)} ".encode())
-        digest.update(t.contiguous().reshape(-1).unsqueeze(-1).view(torch.uint8).numpy().data)
+        digest.update(octets(t).numpy().data)
     return digest.hexdigest()

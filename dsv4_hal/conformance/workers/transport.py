@@ -70,10 +70,16 @@ def _told(value: object) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
+def octets(t: Tensor) -> Tensor:
+    """The bytes of a tensor's elements in order, uint8 [elements, bytes of one], on its device."""
+    # A lone element counts as contiguous whatever its stride, and `view` wants 1: so the last axis is a new one.
+    return t.contiguous().reshape(-1).unsqueeze(-1).view(torch.uint8)
+
+
 def _bytes(t: Tensor) -> bytes:
     if t.is_meta or not t.numel():
         return b""
-    return t.detach().cpu().contiguous().reshape(-1).unsqueeze(-1).view(torch.uint8).numpy().tobytes()
+    return octets(t.detach().cpu()).numpy().tobytes()
 
 
 def _tensor(packed: Packed) -> Tensor:
@@ -93,5 +99,5 @@ def _strided(plain: Tensor, strides: tuple[int, ...]) -> Tensor:
     for dim, (length, stride) in enumerate(zip(plain.shape, strides, strict=True)):
         places += (torch.arange(length) * stride).view(-1, *[1] * (plain.dim() - dim - 1))
     memory = torch.zeros(int(places.max()) + 1, plain.itemsize, dtype=torch.uint8)
-    memory[places.flatten()] = plain.reshape(-1).unsqueeze(-1).view(torch.uint8)
+    memory[places.flatten()] = octets(plain)
     return memory.view(-1).view(plain.dtype).as_strided(plain.shape, strides)

@@ -90,6 +90,11 @@ def test_bitwise_sees_one_flipped_bit(dtype: torch.dtype) -> None:
     assert not result.ok and "1 of 36 elements" in result.message and "at [0, 5]" in result.message
 
 
+def test_bitwise_of_a_lone_element_with_a_stride() -> None:
+    one, other = torch.tensor([1.0, 2.0, 3.0]).bfloat16()[::3], torch.tensor([4.0, 5.0, 6.0]).bfloat16()[::3]
+    assert one.stride() == (3,) and bitwise(one, one.clone()).ok and not bitwise(one, other).ok
+
+
 def test_bitwise_on_special_values() -> None:
     special = torch.tensor([NAN, INF, -0.0])
     assert bitwise(special, special.clone()).ok
